@@ -88,9 +88,9 @@ class TokenEmbedding(nn.Module):
         self.proj = nn.Linear(token_dim, inner_dim) if token_dim != inner_dim else nn.Identity()
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
-        return (
-            F.normalize(weight.float(), dim=-1).type_as(weight) * weight.shape[-1] ** 0.5 if self.normalize else weight
-        )
+        if not self.normalize:
+            return weight
+        return F.normalize(weight.float(), dim=-1).type_as(weight) * weight.shape[-1] ** 0.5
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         states = tokens if tokens.is_floating_point() else self.rows(self.table(tokens))
