@@ -1,0 +1,187 @@
+"""What a toy scene is, how one is drawn from a seed, and which combinations training never sees.
+
+A scene is plain data: attribute words plus a handful of continuous layout numbers. This file knows where an actor is at
+every frame (its path), because two actors must never cover each other; it knows nothing of pixels, colours or captions.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+FRAMES = 17
+SIDE = 64
+FPS = 8
+
+PLACES = ("meadow", "desert", "sea", "snow", "city", "moon")
+TIMES = ("day", "sunset", "night")
+KINDS = ("ball", "box", "star", "boat", "car", "bird", "balloon", "rocket")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
+SIZES = ("small", "large")
+MOTIONS = ("left", "right", "rises", "falls", "bounces", "spins", "grows", "shrinks", "still")
+SPLITS = ("train", "held_out")
+
+# Width and height of each kind relative to its nominal size, so that all kinds show about the same area.
+EXTENT = {
+    "ball": (1.0, 1.0),
+    "box": (0.96, 0.96),
+    "star": (1.16, 1.12),
+    "boat": (1.14, 1.1),
+    "car": (1.24, 0.84),
+    "bird": (1.22, 0.92),
+    "balloon": (0.92, 1.18),
+    "rocket": (0.9, 1.24),
+}
+# Pixels. An actor that grows or shrinks runs through a range whose mean is a little above the size it is called by;
+# nothing is ever smaller than 12 pixels, below which an 8x autoencoder no longer shows what it is.
+SIZE_PIXELS = {"small": 15.0, "large": 25.0}
+SCALE_RANGE = {"small": (12.0, 22.0), "large": (20.0, 34.0)}
+TRAVEL = 20.0
+BOUNCE_HEIGHT = 14.0
+TURN_DEGREES = 33.75
+FLYING = ("bird", "balloon", "rocket", "star")
+
+
+@dataclass(frozen=True)
+class Actor:
+    """One actor; `x`, `y` are the middle of its path in pixels, `mirrored` turns it to face left."""
+
+    kind: str
+    colour: str
+    size: str
+    motion: str
+    x: float
+    y: float
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A whole clip; `sky_x` places sun or moon (0..1), `ground_phase` shifts the hills (0..1)."""
+
+    place: str
+    time: str
+    actors: tuple[Actor, ...]
+    sky_x: float
+    ground_phase: float
+
+
+@dataclass(frozen=True)
+class Path:
+    """Per frame, relative to the actor's (x, y): the centre, size in pixels, angle in degrees and vertical stretch."""
+
+    dx: np.ndarray
+    dy: np.ndarray
+    size: np.ndarray
+    angle: np.ndarray
+    stretch: np.ndarray
+
+    def half_extent(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Half width and half height of the actor's bounding box at every frame."""
+        width, height = EXTENT[kind]
+        if self.angle.any():
+            width = height = max(width, height)
+        return self.size * width / 2 / self.stretch, self.size * height / 2 * np.maximum(self.stretch, 1.0)
+
+
+def path(size: str, motion: str) -> Path:
+    """The movement of an actor of this size and motion."""
+    frame = np.arange(FRAMES, dtype=np.float64)
+    progress = frame / (FRAMES - 1)
+    dx, dy, angle = np.zeros(FRAMES), np.zeros(FRAMES), np.zeros(FRAMES)
+    pixels, stretch = np.full(FRAMES, SIZE_PIXELS[size]), np.ones(FRAMES)
+    low, high = SCALE_RANGE[size]
+    match motion:
+        case "left":
+            dx = TRAVEL * (0.5 - progress)
+        case "right":
+            dx = TRAVEL * (progress - 0.5)
+        case "rises":
+            dy = TRAVEL * (0.5 - progress)
+        case "falls":
+            dy = TRAVEL * (progress - 0.5)
+        case "bounces":
+            phase = (frame / 8) % 1.0
+            height = 4 * phase * (1 - phase)
+            dy = BOUNCE_HEIGHT * (0.5 - height)
+            stretch = np.where(height < 0.2, 0.92, 1.0)
+        case "spins":
+            angle = TURN_DEGREES * frame
+        case "grows":
+            pixels = low + (high - low) * progress
+        case "shrinks":
+            pixels = high - (high - low) * progress
+        case "still":
+            pass
+        case _:
+            raise ValueError(f"no motion {motion!r}; there is {', '.join(MOTIONS)}")
+    return Path(dx, dy, pixels, angle, stretch)
+
+
+def combination_is_held_out(kind: str, colour: str, motion: str, place: str) -> bool:
+    """About one combination in eleven is kept from training; every pair of values still occurs there."""
+    return zlib.crc32(f"{kind} {colour} {motion} {place}".encode()) % 11 == 0
+
+
+def is_held_out(scene: Scene) -> bool:
+    """True if any actor shows a combination that training never sees."""
+    return any(combination_is_held_out(a.kind, a.colour, a.motion, scene.place) for a in scene.actors)
+
+
+def sample_scene(rng: np.random.Generator, split: str) -> Scene:
+    """A random scene of "train" or "held_out"."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there is {' and '.join(SPLITS)}")
+    while True:
+        place, time = str(rng.choice(PLACES)), str(rng.choice(TIMES))
+        looks = [
+            tuple(str(rng.choice(values)) for values in (KINDS, COLOURS, SIZES, MOTIONS))
+            for _ in range(rng.integers(1, 3))
+        ]
+        if len({look[:2] for look in looks}) < len(looks):  # two actors can always be told apart by name
+            continue
+        held_out = any(combination_is_held_out(kind, colour, motion, place) for kind, colour, _, motion in looks)
+        if held_out != (split == "held_out"):
+            continue
+        actors = _place_actors(rng, looks)
+        if actors is not None:
+            return Scene(place, time, actors, float(rng.random()), float(rng.random()))
+
+
+def scene_at(seed: int, index: int, split: str) -> Scene:
+    """Scene number `index` of an endless list that the seed fixes."""
+    return sample_scene(np.random.default_rng([seed, index, zlib.crc32(split.encode())]), split)
+
+
+def _place_actors(rng: np.random.Generator, looks: list[tuple[str, ...]]) -> tuple[Actor, ...] | None:
+    """The first of many random layouts in which nothing leaves the frame or covers the other; None if there is none."""
+    tries = 256
+    boxes, centres = [], []
+    for kind, _, size, motion in looks:
+        walk = path(size, motion)
+        half_width, half_height = walk.half_extent(kind)
+        low_x, high_x = 1 - (walk.dx - half_width).min(), SIDE - 1 - (walk.dx + half_width).max()
+        low_y, high_y = 1 - (walk.dy - half_height).min(), SIDE - 1 - (walk.dy + half_height).max()
+        x = rng.uniform(low_x, high_x, tries)
+        # Flyers like the sky and the others the ground; the second half of the tries takes any height.
+        height = rng.uniform(0, 1, tries)
+        liked = height**2 if kind in FLYING else 1 - 0.35 * height
+        y = low_y + (high_y - low_y) * np.where(np.arange(tries) < tries // 2, liked, height)
+        centres.append((x, y))
+        boxes.append((x[:, None] + walk.dx, y[:, None] + walk.dy, half_width, half_height))
+    if len(looks) == 2:
+        (xa, ya, wa, ha), (xb, yb, wb, hb) = boxes
+        gap = np.maximum(np.abs(xa - xb) - wa - wb, np.abs(ya - yb) - ha - hb)
+        free = np.flatnonzero((gap > 1.5).all(axis=1))
+        if free.size == 0:
+            return None
+        chosen = free[0]
+    else:
+        chosen = 0
+    facing = rng.random(len(looks)) < 0.5
+    return tuple(
+        Actor(*look, float(x[chosen]), float(y[chosen]), look[3] == "left" or (look[3] != "right" and bool(mirror)))
+        for look, (x, y), mirror in zip(looks, centres, facing, strict=True)
+    )
