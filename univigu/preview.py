@@ -1,6 +1,6 @@
 """A look at latents without the autoencoder: one linear map from a latent's 3x3 neighbourhood to its pixels.
 
-Wan's decoder takes longer than a denoising step on a CPU; this takes a thousandth. The map is a least-squares fit to the
+On a CPU, decoding takes longer than a denoising step and this takes a thousandth. The map is a least-squares fit to the
 model's own autoencoder and is stored with the model. The first latent frame holds one picture, the others four, so each
 has its own map.
 """
@@ -60,7 +60,7 @@ class LatentPreviewer(ModelMixin, ConfigMixin):
 
 
 def colour_clips(count: int, num_frames: int, size: int, seed: int = 0) -> torch.Tensor:
-    """Clips to fit a previewer on where no others are at hand: blobs of colour that drift, (count, 3, F, size, size)."""
+    """Clips to fit a previewer on where no others are at hand: drifting blobs of colour, (count, 3, F, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 3, 6, 6, generator=generator) * 2.4 - 1.2
     clips = F.interpolate(coarse, size=(num_frames, size, size), mode="trilinear", align_corners=True)
