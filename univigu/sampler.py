@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from univigu.token_flow import TokenFlowScheduler, shift_tau
 from univigu.transformer import UniViGUTransformer3DModel, VideoCache
@@ -130,12 +131,15 @@ def walk(
     if recompute_video_every is None:
         recompute_video_every = 1 if video_sees_tokens else total
     caches: dict[str, VideoCache] = {}
+    # The unconditional branches' noise has its own generator, so that a branch from a recorded step draws the same.
+    aside = None
+    if generator is not None:
+        aside = torch.Generator(generator.device).manual_seed((generator.initial_seed() + 1) % 2**63)
     blind_latents = negative_tokens = None
     if guidance.caption != 1 and text_moves:
-        blind_latents = torch.randn(latents.shape, generator=generator, device=_device_of(generator, latents))
-        blind_latents = blind_latents.to(latents)
+        blind_latents = randn_tensor(latents.shape, generator=aside, device=latents.device, dtype=latents.dtype)
     if guidance.video != 1 and video_moves and tokens is not None:
-        negative_tokens = token_scheduler.noise(*tokens.shape[:2], table, generator)
+        negative_tokens = token_scheduler.noise(*tokens.shape[:2], table, aside)
 
     def predict(branch, latents, tau_video, tokens, tau_text, prompt_embeds, step):
         cache = None
@@ -212,10 +216,6 @@ def walk(
 
 def _timestep(tau: float, batch_size: int, device) -> torch.Tensor:
     return torch.full((batch_size,), 1000 * (1 - tau), device=device)
-
-
-def _device_of(generator, like: torch.Tensor):
-    return generator.device if generator is not None else like.device
 
 
 def _video_shift(scheduler) -> float:

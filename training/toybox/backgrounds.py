@@ -1,7 +1,7 @@
 """Paints the world behind the actors: sky, sun or moon, and six landscapes, all as smooth layers.
 
-Everything is a function of place, time of day and two layout numbers, plus the frame number for what moves gently (waves, snowfall,
-twinkling stars). Layers are height fields with analytic anti-aliasing. It knows nothing of actors.
+Everything is a function of place, time of day and two layout numbers, plus the frame number for what moves gently
+(waves, snowfall, twinkling stars). Layers are height fields with analytic anti-aliasing. It knows nothing of actors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draws each kind of actor once, large and anti-aliased, as a premultiplied RGBA picture in its colour.
 
-Shapes live in unit coordinates: x to the right, y down, the nominal size spans -1..1. This file knows nothing of scenes, paths or
-backgrounds; `render.py` scales, turns and places what it draws.
+Shapes live in unit coordinates: x to the right, y down, the nominal size spans -1..1. This file knows nothing of
+scenes, paths or backgrounds; `render.py` scales, turns and places what it draws.
 """
 
 from __future__ import annotations
