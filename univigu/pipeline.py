@@ -56,7 +56,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     What the model expects of its inputs is part of its configuration:
 
     * `zero_prompt_padding`: embeddings after the prompt's end are zero (Wan) or the encoder's own (released weights).
-    * `empty_prompt`: what "no prompt" is in understanding: `"encoded"` (the empty text) or `"zeros"` (released weights).
+    * `empty_prompt`: what "no prompt" is in understanding: `"encoded"` (Wan) or `"zeros"` (released weights).
     * `normalize_latents`: latents are scaled by the autoencoder's mean and deviation (Wan) or raw (released weights).
     * `prompt_as_tokens`: generation carries the prompt as clean tokens too (equation 17); not for a Wan model whose
       tokens were never trained.
