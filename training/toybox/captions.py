@@ -1,0 +1,161 @@
+"""The detailed caption of a scene, which names everything, and the strict parser that reads one back.
+
+Both are built from the same templates and tables, so what can be written can be read and nothing else can. This file
+knows nothing of pixels, and nothing of the free wordings of prompts.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import numpy as np
+
+from training.toybox.facts import ActorFacts, Facts
+from training.toybox.scenes import Actor, Scene
+
+CAPTION_TOKENS = 32  # words, commas, full stops and the end-of-sequence token
+
+_KINDS = {
+    "ball": ("ball",),
+    "box": ("box", "gift"),
+    "star": ("star",),
+    "boat": ("boat",),
+    "car": ("car",),
+    "bird": ("bird",),
+    "balloon": ("balloon",),
+    "rocket": ("rocket",),
+}
+_COLOURS = {name: (name,) for name in ("red", "orange", "yellow", "green", "blue", "purple", "white")}
+_SIZES = {"small": ("small", "little"), "large": ("large", "big")}
+_DOES = {
+    "left": ("moves left", "moves to the left"),
+    "right": ("moves right", "moves to the right"),
+    "rises": ("rises", "moves up"),
+    "falls": ("falls", "moves down"),
+    "bounces": ("bounces", "hops up and down"),
+    "spins": ("spins", "turns around"),
+    "grows": ("grows", "gets bigger"),
+    "shrinks": ("shrinks", "gets smaller"),
+    "still": ("stays still", "does not move"),
+}
+_DOING = {
+    "left": ("moving left", "moving to the left"),
+    "right": ("moving right", "moving to the right"),
+    "rises": ("rising", "moving up"),
+    "falls": ("falling", "moving down"),
+    "bounces": ("bouncing", "hopping up and down"),
+    "spins": ("spinning", "turning around"),
+    "grows": ("growing", "getting bigger"),
+    "shrinks": ("shrinking", "getting smaller"),
+    "still": ("standing still", "not moving"),
+}
+_WHERE = {
+    "meadow": ("in a meadow", "over a meadow"),
+    "desert": ("in the desert", "over the desert"),
+    "sea": ("at sea", "over the sea"),
+    "snow": ("in the snow", "over the snow"),
+    "city": ("in the city", "on a city street"),
+    "moon": ("on the moon", "over the moon"),
+}
+_SPOT = {
+    "meadow": ("a meadow",),
+    "desert": ("the desert",),
+    "sea": ("the sea",),
+    "snow": ("a snowy land",),
+    "city": ("a city",),
+    "moon": ("the moon",),
+}
+_WHEN = {
+    "day": ("by day", "during the day"),
+    "sunset": ("at sunset", "at dusk"),
+    "night": ("at night", "under the stars"),
+}
+_TEMPLATES = {
+    1: (
+        "{actor1} {does1} {where} {when}.",
+        "{when}, {actor1} {does1} {where}.",
+        "{where} {when}, {actor1} {does1}.",
+        "{actor1} is {doing1} {where} {when}.",
+        "{spot} {when}. {actor1} is {doing1}.",
+    ),
+    2: (
+        "{actor1} {does1} and {actor2} {does2} {where} {when}.",
+        "{when}, {actor1} {does1} {where} while {actor2} {does2}.",
+        "{where} {when}, {actor1} {does1} and {actor2} {does2}.",
+        "{actor1} is {doing1} and {actor2} is {doing2} {where} {when}.",
+        "{spot} {when}. {actor1} is {doing1}, {actor2} is {doing2}.",
+    ),
+}
+_SLOTS = {"where": ("place", _WHERE), "spot": ("place", _SPOT), "when": ("time", _WHEN)}
+_ACTOR_SLOTS = {"size": _SIZES, "colour": _COLOURS, "kind": _KINDS, "does": _DOES, "doing": _DOING}
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Names place, time and every actor's size, colour, kind and motion, in one of many wordings, any actor first."""
+
+    def say(phrases: dict[str, tuple[str, ...]], value: str) -> str:
+        return str(rng.choice(phrases[value]))
+
+    def name(actor: Actor) -> str:
+        return f"a {say(_SIZES, actor.size)} {say(_COLOURS, actor.colour)} {say(_KINDS, actor.kind)}"
+
+    slots = {"where": say(_WHERE, scene.place), "spot": say(_SPOT, scene.place), "when": say(_WHEN, scene.time)}
+    for number, index in enumerate(rng.permutation(len(scene.actors)), start=1):
+        actor = scene.actors[index]
+        slots[f"actor{number}"] = name(actor)
+        slots[f"does{number}"] = say(_DOES, actor.motion)
+        slots[f"doing{number}"] = say(_DOING, actor.motion)
+    return str(rng.choice(_TEMPLATES[len(scene.actors)])).format(**slots)
+
+
+def parse_caption(text: str) -> Facts | None:
+    """The facts that a caption states, or None if it is not exactly one that `caption` could have written."""
+    text = re.sub(r"\s+([,.])", r"\1", " ".join(text.lower().split()))
+    for count, pattern in _patterns():
+        found = pattern.fullmatch(text)
+        if found is None:
+            continue
+        said = {slot: _meaning(slot.rstrip("12"))[phrase] for slot, phrase in found.groupdict().items()}
+        actors = tuple(
+            ActorFacts(
+                said[f"kind{n}"],
+                said[f"colour{n}"],
+                said[f"size{n}"],
+                said[f"does{n}"] if f"does{n}" in said else said[f"doing{n}"],
+            )
+            for n in range(1, count + 1)
+        )
+        return Facts(said["where"] if "where" in said else said["spot"], said["when"], count, actors)
+    return None
+
+
+def caption_phrases() -> list[str]:
+    """Every piece of text a caption can contain, for the tokenizer."""
+    tables = [table for _, table in _SLOTS.values()] + list(_ACTOR_SLOTS.values())
+    phrases = [phrase for table in tables for variants in table.values() for phrase in variants]
+    return ["a", *phrases, *(re.sub(r"{\w+}", " ", template) for group in _TEMPLATES.values() for template in group)]
+
+
+@cache
+def _meaning(slot: str) -> dict[str, str]:
+    """From each phrase of a slot to the attribute value it stands for."""
+    table = _SLOTS[slot][1] if slot in _SLOTS else _ACTOR_SLOTS[slot]
+    return {phrase: value for value, variants in table.items() for phrase in variants}
+
+
+@cache
+def _patterns() -> list[tuple[int, re.Pattern[str]]]:
+    """One expression per template, with a named group per slot."""
+
+    def expand(slot: str) -> str:
+        if slot.startswith("actor"):
+            number = slot[-1]
+            return "a " + " ".join(expand(f"{part}{number}") for part in ("size", "colour", "kind"))
+        return f"(?P<{slot}>{'|'.join(map(re.escape, _meaning(slot.rstrip('12'))))})"
+
+    return [
+        (count, re.compile(re.sub(r"\\{(\w+)\\}", lambda slot: expand(slot[1]), re.escape(template))))
+        for count, templates in _TEMPLATES.items()
+        for template in templates
+    ]
