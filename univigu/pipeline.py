@@ -8,6 +8,7 @@ step by step (`stream`). It knows nothing of Gradio or of training.
 from __future__ import annotations
 
 import html
+import inspect
 import math
 import os
 import re
@@ -288,7 +289,19 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         width = config.default_width if width is None else width
         scheduler = scheduler or self.scheduler
         self.check_inputs(
-            task, prompt, video, negative_prompt, steps, guidance, num_frames, height, width, order, seed, generator
+            task,
+            prompt,
+            video,
+            negative_prompt,
+            steps,
+            guidance,
+            num_frames,
+            height,
+            width,
+            order,
+            seed,
+            generator,
+            scheduler,
         )
         if caption is not None and start is None:
             raise ValueError("caption edits a recorded step, so it needs start, the step to go on from.")
@@ -371,7 +384,20 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     # -------------------------------------------------------------------------------------------- what goes in and out
 
     def check_inputs(
-        self, task, prompt, video, negative_prompt, steps, guidance, num_frames, height, width, order, seed, generator
+        self,
+        task,
+        prompt,
+        video,
+        negative_prompt,
+        steps,
+        guidance,
+        num_frames,
+        height,
+        width,
+        order,
+        seed,
+        generator,
+        scheduler,
     ) -> None:
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and not isinstance(text, str):
@@ -387,6 +413,11 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"seed must be a whole number from 0 up, not {seed!r}.")
         if seed is not None and generator is not None:
             raise ValueError("Give seed or generator, not both.")
+        if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(scheduler).__name__} cannot be given its times; use FlowMatchEulerDiscreteScheduler or "
+                "UniPCMultistepScheduler."
+            )
         if task != "generate" and self.token_scheduler is None:
             raise ValueError("This model has no caption stream: it can generate, but not understand or do both.")
         if task == "understand" and video is None:

@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -234,6 +235,6 @@ def _set_video_times(scheduler, path: Path, start: int, device) -> None:
         taus.append(path[-1][0])  # the scheduler's own last time is always tau = 1
     shift = _video_shift(scheduler)
     # the scheduler shifts what it is given: hand it the times that its shift turns into ours
-    sigmas = [(1 - tau) / (shift - (shift - 1) * (1 - tau)) for tau in taus]
+    sigmas = np.array([(1 - tau) / (shift - (shift - 1) * (1 - tau)) for tau in taus])
     scheduler.set_timesteps(sigmas=sigmas, device=device)
     scheduler.set_begin_index(_video_step(path, start))
