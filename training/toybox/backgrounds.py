@@ -233,8 +233,8 @@ def _moon(picture: np.ndarray, time: str, phase: float) -> None:
         _over(picture, _land((162, 150, 188), time), _disc(x, y, size, size * 0.42))
 
 
-def background(place: str, time: str, sky_x: float, ground_phase: float) -> np.ndarray:
-    """Float32 (FRAMES, SIDE, SIDE, 3), values 0..255."""
+def still_background(place: str, time: str, sky_x: float, ground_phase: float) -> np.ndarray:
+    """All that does not move, float32 (SIDE, SIDE, 4): RGB in 0..255 and how much open sky shows."""
     picture = _sky(place, time, sky_x)
     match place:
         case "sea":
@@ -249,6 +249,12 @@ def background(place: str, time: str, sky_x: float, ground_phase: float) -> np.n
             _city(picture, time, ground_phase)
         case "moon":
             _moon(picture, time, ground_phase)
+    return picture
+
+
+def background(place: str, time: str, sky_x: float, ground_phase: float) -> np.ndarray:
+    """Float32 (FRAMES, SIDE, SIDE, 3), values 0..255."""
+    picture = still_background(place, time, sky_x, ground_phase)
     frames = np.repeat(picture[None, ..., :3], FRAMES, 0)
     if time == "night":
         _twinkle(frames, picture[..., 3])
