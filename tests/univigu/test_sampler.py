@@ -96,7 +96,7 @@ def test_a_flow_to_one_point_is_exact_at_any_step_count(scheduler):
 @pytest.mark.parametrize("order", ["together", "video_first", "text_first"])
 def test_the_network_is_told_the_paths_own_times(scheduler, order):
     path = joint_path(scheduler, 4, order)
-    network, noise, steps = exact_walk(path, scheduler)
+    network, _, steps = exact_walk(path, scheduler)
     walked = [(step.tau_video, step.tau_text) for step in steps]
     assert walked == path[1:]
     told = torch.tensor(network.times)
