@@ -1,0 +1,214 @@
+"""Training the small video autoencoder: diffusers' AutoencoderKLWan, its loss and its figures.
+
+AutoencoderKLWan walks a clip in chunks of four frames and clamps what it decodes. For training, `encode_clip` and
+`decode_clip` give the same numbers for a whole clip at once, unclamped. This file knows nothing of captions or flows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanResample,
+    WanResidualDownBlock,
+    WanResidualUpBlock,
+    patchify,
+    unpatchify,
+)
+from torch.nn.functional import avg_pool3d
+from torch.utils.data import Dataset
+
+from training.config import OptimConfig, RunConfig
+from training.toybox import FRAMES, render, scene_at
+
+STATISTICS_CLIPS = 512
+
+
+@dataclass
+class VAEObjectiveConfig:
+    scene_seed: int = 0
+    # Frames of the clips of step 0, 1, … in turn. The network is causal in time, so short clips teach most of it at a
+    # fraction of the cost.
+    frames: tuple[int, ...] = (17,)
+    kl_weight: float = 1e-5  # on the mean over latent elements
+    actor_weight: float = 2.0  # added to the weight 1 of pixels that an actor covers
+    coarse_weight: float = 0.5  # the same error on clips averaged over 4x4 pixels
+    validation_clips: int = 24
+
+
+@dataclass
+class VAERun:
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: dict[str, Any] = field(default_factory=dict)  # the arguments of AutoencoderKLWan
+    objective: VAEObjectiveConfig = field(default_factory=VAEObjectiveConfig)
+
+
+def encode_clip(vae: AutoencoderKLWan, clip: torch.Tensor) -> torch.Tensor:
+    """Mean and log variance of the latents, (B, 2z, F', H', W'), as `vae.encode` finds them chunk by chunk."""
+    encoder = vae.encoder
+    hidden = encoder.conv_in(patchify(clip, vae.config.patch_size or 1))
+    for layer in encoder.down_blocks:
+        if isinstance(layer, WanResidualDownBlock):
+            shortcut = layer.avg_shortcut(hidden)
+            for resnet in layer.resnets:
+                hidden = resnet(hidden)
+            if layer.downsampler is not None:
+                hidden = _resample_clip(layer.downsampler, hidden)
+            hidden = hidden + shortcut
+        elif isinstance(layer, WanResample):
+            hidden = _resample_clip(layer, hidden)
+        else:
+            hidden = layer(hidden)
+    hidden = encoder.mid_block(hidden)
+    return vae.quant_conv(encoder.conv_out(encoder.nonlinearity(encoder.norm_out(hidden))))
+
+
+def decode_clip(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """The clip before the clamp to [-1, 1] with which `vae.decode` ends."""
+    decoder = vae.decoder
+    hidden = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
+    for block in decoder.up_blocks:
+        residual = isinstance(block, WanResidualUpBlock)
+        before = hidden
+        for resnet in block.resnets:
+            hidden = resnet(hidden)
+        upsampler = block.upsampler if residual else block.upsamplers and block.upsamplers[0]
+        if upsampler is not None:
+            hidden = _resample_clip(upsampler, hidden)
+        if residual and block.avg_shortcut is not None:
+            hidden = hidden + block.avg_shortcut(before, first_chunk=True)
+    return unpatchify(decoder.conv_out(decoder.nonlinearity(decoder.norm_out(hidden))), vae.config.patch_size or 1)
+
+
+def _resample_clip(layer: WanResample, hidden: torch.Tensor) -> torch.Tensor:
+    """Called without a cache, the layer leaves time alone; in time it treats the first frame as a chunk of its own."""
+    clip = hidden.shape[2] > 1
+    if layer.mode == "upsample3d" and clip:
+        doubled = layer.time_conv(hidden[:, :, 1:]).unflatten(1, (2, -1))
+        doubled = doubled.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        hidden = torch.cat([hidden[:, :, :1], doubled], dim=2)
+    hidden = layer(hidden)
+    if layer.mode == "downsample3d" and clip:
+        hidden = torch.cat([hidden[:, :, :1], layer.time_conv(hidden)], dim=2)
+    return hidden
+
+
+def to_tensor(clips: np.ndarray) -> torch.Tensor:
+    """uint8 (B, F, H, W, 3) to float (B, 3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+class ToyClips(Dataset):
+    """Rendered clips without end: the frames, and where an actor covers the background.
+
+    Batch after batch takes the next length of `frames`; clips shorter than a whole one are cut out at random places.
+    """
+
+    def __init__(self, seed: int, split: str, frames: tuple[int, ...] = (FRAMES,), batch_size: int = 1):
+        self.seed, self.split, self.frames, self.batch_size = seed, split, frames, batch_size
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        scene = scene_at(self.seed, index, self.split)
+        clip = render(scene)
+        empty = render(dataclasses.replace(scene, actors=()))
+        frames = self.frames[index // self.batch_size % len(self.frames)]
+        start = np.random.default_rng([self.seed, index]).integers(0, len(clip) - frames + 1)
+        window = slice(start, start + frames)
+        actors = np.abs(clip[window].astype(np.int16) - empty[window]).max(axis=-1) > 12
+        return {"clip": torch.from_numpy(clip[window]), "actors": torch.from_numpy(actors)}
+
+
+class VAEObjective(torch.nn.Module):
+    def __init__(self, model: dict[str, Any], settings: VAEObjectiveConfig, batch_size: int, seed: int):
+        super().__init__()
+        z_dim = model["z_dim"]
+        torch.manual_seed(seed)
+        self.vae = AutoencoderKLWan(**model, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim)
+        self.settings = settings
+        self.train_data = ToyClips(settings.scene_seed, "train", settings.frames, batch_size)
+        held_out = ToyClips(settings.scene_seed, "held_out")
+        examples = [held_out[index] for index in range(settings.validation_clips)]
+        self.held_out = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+
+    def forward(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        clip = batch["clip"].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        mean, log_variance = encode_clip(self.vae, clip).float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30, 20)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        decoded = decode_clip(self.vae, mean + torch.exp(0.5 * log_variance) * noise).float()
+        error = decoded - clip
+        weight = 1 + self.settings.actor_weight * batch["actors"][:, None].float()
+        pixels = (error.abs() * weight).mean()
+        coarse = avg_pool3d(error, (1, 4, 4)).abs().mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = pixels + self.settings.coarse_weight * coarse + self.settings.kl_weight * kl
+        return loss, {"pixels": pixels, "coarse": coarse, "kl": kl, "latent_std": mean.std()}
+
+    def validate(self) -> dict[str, float]:
+        whole, actors, means = [], [], []
+        for start in range(0, len(self.held_out["clip"]), 4):
+            clip = to_tensor(self.held_out["clip"][start : start + 4].numpy())
+            mean = encode_clip(self.vae, clip).chunk(2, dim=1)[0]
+            error = (decode_clip(self.vae, mean).clamp(-1, 1) - clip).square() / 4
+            covered = self.held_out["actors"][start : start + 4, None].expand_as(error)
+            whole += [float(e.mean()) for e in error]
+            actors += [float(e[c].mean()) for e, c in zip(error, covered, strict=True)]
+            means.append(mean)
+        return {
+            "psnr": float(np.mean(-10 * np.log10(whole))),
+            "psnr_worst": float(-10 * np.log10(max(whole))),
+            "psnr_actors": float(np.mean(-10 * np.log10(actors))),
+            "latent_std": float(torch.cat(means).std()),
+        }
+
+    def draw_samples(self, folder: Path, step: int) -> None:
+        """Six held-out clips at five times, each above its reconstruction."""
+        frames = self.held_out["clip"][:6].numpy()
+        decoded = decode_clip(self.vae, encode_clip(self.vae, to_tensor(frames)).chunk(2, dim=1)[0])
+        decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+        times = np.linspace(0, frames.shape[1] - 1, 5).astype(int)
+        strips = [
+            np.concatenate(list(clip[times]), axis=1) for pair in zip(frames, decoded, strict=True) for clip in pair
+        ]
+        columns = [np.concatenate(strips[: len(strips) // 2]), np.concatenate(strips[len(strips) // 2 :])]
+        sheet = np.repeat(np.repeat(np.concatenate(columns, axis=1), 2, axis=0), 2, axis=1)
+        cv2.imwrite(str(folder / f"step-{step:08d}.png"), sheet[..., ::-1])
+
+    def export(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder)
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, seed: int, clips: int = STATISTICS_CLIPS) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every latent channel over training clips."""
+    data = ToyClips(seed, "train")
+    total, square, count = 0.0, 0.0, 0
+    for start in range(0, clips, 8):
+        batch = np.stack([data[index]["clip"].numpy() for index in range(start, min(start + 8, clips))])
+        mean = encode_clip(vae, to_tensor(batch)).chunk(2, dim=1)[0].double()
+        total = total + mean.sum(dim=(0, 2, 3, 4))
+        square = square + mean.square().sum(dim=(0, 2, 3, 4))
+        count += mean[:, 0].numel()
+    mean = total / count
+    return mean.tolist(), (square / count - mean.square()).sqrt().tolist()
+
+
+def finish(weights: Path, target: Path, seed: int = 0) -> None:
+    """Store a trained autoencoder for use: latent statistics in its configuration, weights in half precision."""
+    vae = AutoencoderKLWan.from_pretrained(weights).eval()
+    mean, std = measure_latents(vae, seed)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.half().save_pretrained(target)
+    print(json.dumps({"latents_mean": mean, "latents_std": std}))
