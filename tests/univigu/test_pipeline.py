@@ -80,8 +80,8 @@ def test_a_file_is_understood_as_its_frames(one, tmp_path):
     frames = np.zeros((9, 32, 32, 3), np.uint8)
     frames[:, 8:24, 8:24] = (200, 40, 40)
     write_video(tmp_path / "clip.mp4", frames, fps=8)
-    from_file = list(one.stream("understand", video=tmp_path / "clip.mp4", seed=0))[0]
-    from_frames = list(one.stream("understand", video=frames, seed=0))[0]
+    from_file = next(one.stream("understand", video=tmp_path / "clip.mp4", seed=0))
+    from_frames = next(one.stream("understand", video=frames, seed=0))
     torch.testing.assert_close(from_file.latents, from_frames.latents, atol=0.2, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""A whole pipeline of random weights, small enough to build in every test: real classes, two blocks, 9 frames of 32x32."""
+"""A whole pipeline of random weights, small enough to build in any test: real classes, 9 frames of 32 x 32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from univigu import EmbeddingFlowScheduler, MixtureFlowScheduler, UniViGUPipeline, UniViGUTransformer3DModel
 
-WORDS = "a the red green blue small large ball box boat star moves left right up down over sea meadow and , .".split()
+WORDS = [
+    *("a", "the", "red", "green", "blue", "small", "large", "ball", "box", "boat", "star", "moves"),
+    *("left", "right", "up", "down", "over", "sea", "meadow", "and", ",", "."),
+]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
