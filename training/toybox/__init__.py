@@ -2,6 +2,7 @@
 
 from training.toybox.captions import CAPTION_TOKENS, caption, parse_caption
 from training.toybox.facts import ACTOR_ATTRIBUTES, ATTRIBUTES, ActorFacts, Facts, agrees, compare, facts
+from training.toybox.oracle import Reading, read, read_facts
 from training.toybox.prompts import PROMPT_TOKENS, brief, brief_with_facts
 from training.toybox.render import render
 from training.toybox.scenes import (
@@ -41,6 +42,7 @@ __all__ = [
     "Actor",
     "ActorFacts",
     "Facts",
+    "Reading",
     "Scene",
     "agrees",
     "brief",
@@ -52,6 +54,8 @@ __all__ = [
     "facts",
     "is_held_out",
     "parse_caption",
+    "read",
+    "read_facts",
     "render",
     "sample_scene",
     "scene_at",

@@ -40,7 +40,10 @@ def _land(colour: tuple[int, int, int], time: str) -> np.ndarray:
 
 def _over(picture: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> None:
     """Paint `colour` on `picture` in place. Its fourth channel, how much open sky is still seen, becomes zero there."""
-    picture += (np.append(colour, 0).astype(np.float32) - picture) * alpha[..., None]
+    rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+    if rows.size:
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        picture[box] += (np.append(colour, 0).astype(np.float32) - picture[box]) * alpha[box][..., None]
 
 
 def _below(height: np.ndarray) -> np.ndarray:
