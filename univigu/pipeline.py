@@ -8,7 +8,6 @@ step by step (`stream`). It knows nothing of Gradio or of training.
 from __future__ import annotations
 
 import html
-import inspect
 import math
 import os
 import re
@@ -29,7 +28,19 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from univigu.preview import LatentPreviewer, colour_clips
-from univigu.sampler import ORDERS, TASKS, Guidance, Path, WalkStep, check_path, make_path, text_taus, video_taus, walk
+from univigu.sampler import (
+    ORDERS,
+    TASKS,
+    Guidance,
+    Path,
+    WalkStep,
+    check_path,
+    make_path,
+    takes_sigmas,
+    text_taus,
+    video_taus,
+    walk,
+)
 from univigu.token_flow import TokenFlowScheduler
 from univigu.trajectory import Step, Trajectory
 from univigu.transformer import UniViGUTransformer3DModel
@@ -413,10 +424,10 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"seed must be a whole number from 0 up, not {seed!r}.")
         if seed is not None and generator is not None:
             raise ValueError("Give seed or generator, not both.")
-        if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        if not takes_sigmas(scheduler) and not scheduler.config.get("use_flow_sigmas"):
             raise ValueError(
-                f"{type(scheduler).__name__} cannot be given its times; use FlowMatchEulerDiscreteScheduler or "
-                "UniPCMultistepScheduler."
+                f"{type(scheduler).__name__} cannot be given its times; use FlowMatchEulerDiscreteScheduler, "
+                "UniPCMultistepScheduler or DPMSolverMultistepScheduler with flow sigmas."
             )
         if task != "generate" and self.token_scheduler is None:
             raise ValueError("This model has no caption stream: it can generate, but not understand or do both.")

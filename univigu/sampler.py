@@ -7,12 +7,14 @@ the step, and yields where it is. It knows nothing of files, prompts, pixels or 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from univigu.token_flow import TokenFlowScheduler, shift_tau
@@ -20,6 +22,7 @@ from univigu.transformer import UniViGUTransformer3DModel, VideoCache
 
 TASKS = ("generate", "understand", "joint")
 ORDERS = ("together", "video_first", "text_first")
+VIDEO_SCHEDULERS = ("euler", "unipc", "dpm++")
 
 Path = list[tuple[float, float]]
 
@@ -61,6 +64,23 @@ def video_taus(scheduler, num_steps: int) -> list[float]:
 def text_taus(scheduler: TokenFlowScheduler, num_steps: int) -> list[float]:
     scheduler.set_timesteps(num_steps)
     return scheduler.taus.tolist()
+
+
+def video_scheduler(name: str, like):
+    """A flow scheduler for the clip by its short name, with the time shift of another."""
+    shift = _video_shift(like)
+    if name == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    if name == "unipc":
+        return UniPCMultistepScheduler(**flow)
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler(**flow)
+    raise ValueError(f"Unknown scheduler {name!r}: choose one of {', '.join(VIDEO_SCHEDULERS)}.")
+
+
+def takes_sigmas(scheduler) -> bool:
+    return "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
 
 
 def make_path(task: str, video: Sequence[float], text: Sequence[float], order: str = "together") -> Path:
@@ -236,5 +256,10 @@ def _set_video_times(scheduler, path: Path, start: int, device) -> None:
     shift = _video_shift(scheduler)
     # the scheduler shifts what it is given: hand it the times that its shift turns into ours
     sigmas = np.array([(1 - tau) / (shift - (shift - 1) * (1 - tau)) for tau in taus])
-    scheduler.set_timesteps(sigmas=sigmas, device=device)
+    if takes_sigmas(scheduler):
+        scheduler.set_timesteps(sigmas=sigmas, device=device)
+    else:  # DPM-Solver++ only lays a grid of its own, so ours is put in its place; at 1 its logarithm has no value
+        scheduler.set_timesteps(len(taus), device=device)
+        scheduler.sigmas = torch.tensor([min(1 - tau, 1 - 1e-6) for tau in taus] + [0.0])
+        scheduler.timesteps = 1000 * scheduler.sigmas[:-1].to(device)
     scheduler.set_begin_index(_video_step(path, start))

@@ -12,13 +12,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from tiny import tiny_transformer
 
 from univigu import EmbeddingFlowScheduler, MixtureFlowScheduler
-from univigu.sampler import Guidance, check_path, make_path, text_taus, video_taus, walk
+from univigu.sampler import Guidance, check_path, make_path, text_taus, video_scheduler, video_taus, walk
 
 VOCAB, DIM, LENGTH = 26, 8, 6
 SHAPE = (1, 4, 3, 8, 8)
 SCHEDULERS = {
     "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    "dpm++": lambda: video_scheduler("dpm++", FlowMatchEulerDiscreteScheduler(shift=3.0)),
 }
 
 
@@ -75,7 +76,9 @@ def joint_path(scheduler, num_steps, order="together"):
     )
 
 
-@pytest.mark.parametrize("scheduler, num_steps, tolerance", [("euler", 300, 0.02), ("unipc", 30, 0.02)])
+@pytest.mark.parametrize(
+    "scheduler, num_steps, tolerance", [("euler", 300, 0.02), ("unipc", 30, 0.02), ("dpm++", 60, 0.02)]
+)
 def test_the_exact_flow_is_integrated_to_its_end(scheduler, num_steps, tolerance):
     network, noise, steps = exact_walk(joint_path(scheduler, num_steps), scheduler)
     *_, last = steps
