@@ -7,6 +7,7 @@ step by step (`stream`). It knows nothing of Gradio or of training.
 
 from __future__ import annotations
 
+import copy
 import html
 import math
 import os
@@ -298,7 +299,9 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         num_frames = config.default_num_frames if num_frames is None else num_frames
         height = config.default_height if height is None else height
         width = config.default_width if width is None else width
-        scheduler = scheduler or self.scheduler
+        # schedulers keep count of their steps: a run has its own, so that runs may overlap
+        scheduler = copy.deepcopy(scheduler or self.scheduler)
+        token_scheduler = copy.deepcopy(self.token_scheduler)
         self.check_inputs(
             task,
             prompt,
@@ -320,7 +323,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         device = self._execution_device
         if seed is not None:
             generator = torch.Generator("cpu").manual_seed(seed)
-        captioned = self.token_scheduler is not None and not (
+        captioned = token_scheduler is not None and not (
             task == "generate" and (not config.prompt_as_tokens or prompt is None)
         )
 
@@ -336,7 +339,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             latents = self.prepare_latents(num_frames, height, width, generator, latents)
 
         # which way
-        text_times = text_taus(self.token_scheduler, steps) if self.token_scheduler is not None else [0.0] * (steps + 1)
+        text_times = text_taus(token_scheduler, steps) if token_scheduler is not None else [0.0] * (steps + 1)
         if path is None:
             path = make_path(task, video_taus(scheduler, steps), text_times, order)
         check_path(path)
@@ -355,13 +358,13 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 generator.set_state(start.generator_state)
             if caption is not None and captioned:
                 ids, tau_text = self.caption_ids(caption), 1.0 if pin_caption else path[first][1]
-                tokens = self.token_scheduler.add_noise(ids, tau_text, table, generator)
+                tokens = token_scheduler.add_noise(ids, tau_text, table, generator)
                 if pin_caption:
                     path = path[:first] + [(tau_video, 1.0) for tau_video, _ in path[first:]]
         elif captioned and path[0][1] == 1:
-            tokens = self.token_scheduler.clean(self.caption_ids(prompt or ""), table)
+            tokens = token_scheduler.clean(self.caption_ids(prompt or ""), table)
         elif captioned:
-            tokens = self.token_scheduler.noise(1, config.max_caption_tokens, table, generator)
+            tokens = token_scheduler.noise(1, config.max_caption_tokens, table, generator)
 
         if start is None and 0 < path[0][0] < 1 and task != "understand":
             raise ValueError("A clip that is made starts from noise: the path's first tau_video must be 0.")
@@ -373,7 +376,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds.to(device) if negative_prompt_embeds is not None else None,
             video_scheduler=scheduler,
-            token_scheduler=self.token_scheduler,
+            token_scheduler=token_scheduler,
             guidance=guidance,
             video_sees_tokens=not (task == "understand" and config.blind_video),
             recompute_video_every=recompute_video_every,
@@ -475,8 +478,11 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """A caption as the token stream carries it: its words, the end, and the end again to the full length."""
         end = self.tokenizer.eos_token_id
         ids = self.tokenizer(clean_prompt(caption), add_special_tokens=False)["input_ids"]
-        ids = ids[: self.config.max_caption_tokens - 1]
-        ids = ids + [end] * (self.config.max_caption_tokens - len(ids))
+        room = self.config.max_caption_tokens - 1
+        if len(ids) > room:
+            cut = self.tokenizer.decode(ids[room:], skip_special_tokens=True)
+            logger.warning(f"The caption stream holds {room} tokens; left out: {cut!r}")
+        ids = ids[:room] + [end] * (1 + room - len(ids[:room]))
         return torch.tensor([ids], device=self._execution_device)
 
     def load_frames(self, video, num_frames: int, height: int, width: int) -> np.ndarray:

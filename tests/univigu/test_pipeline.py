@@ -267,3 +267,12 @@ def test_unknown_models_are_named(tmp_path):
         UniViGUPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a folder"):
         UniViGUPipeline.from_pretrained("no-such-folder/model", local_files_only=True)
+
+
+def test_two_runs_at_once_do_not_mix(one):
+    first, second = one.stream("joint", "a red ball", seed=0), one.stream("joint", "a blue boat", seed=1)
+    interleaved = list(zip(first, second, strict=True))
+    for index, (prompt, seed) in enumerate([("a red ball", 0), ("a blue boat", 1)]):
+        alone = one.joint(prompt, seed=seed)
+        assert np.array_equal(interleaved[-1][index].frames(), alone.frames)
+        assert interleaved[-1][index].text == alone.text
