@@ -120,6 +120,7 @@ class Trajectory:
             "tau_video": round(float(step.tau_video), 4),
             "tau_text": round(float(step.tau_text), 4),
             "text": step.text,
+            "token_ids": None if step.token_ids is None else step.token_ids.tolist(),
             "tokens": [list(pair) for pair in zip(step.tokens("clean"), confidence, strict=True)],
             "noisy_tokens": step.tokens("noisy"),
             "clean": None if clean is None else _strip(clean),
@@ -144,24 +145,7 @@ class Trajectory:
 
     def to_json(self) -> str:
         """The run as JSON: what was asked for, the result, and each step with its tokens, times and pictures."""
-        steps = [
-            {
-                **{key: value for key, value in message.items() if key not in ("prompt", "settings", "task", "seed")},
-                "token_ids": None if step.token_ids is None else step.token_ids.tolist(),
-            }
-            for step, message in zip(self.steps, self.messages(), strict=True)
-        ]
-        run = {
-            "format": FORMAT,
-            "task": self.task,
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "settings": self.settings,
-            "fps": self.fps,
-            "text": self.text,
-            "steps": steps,
-        }
-        return json.dumps(run, ensure_ascii=False, indent=1)
+        return saved_run(self.messages(), self.fps)
 
     def save(self, path: str | Path) -> None:
         """Write the run in the form its extension names: .html (page with the step slider), .json, .mp4 or .gif."""
@@ -181,13 +165,36 @@ class Trajectory:
             raise ValueError(f"Cannot save a run as '{path.name}': the name must end in .html, .json, .mp4 or .gif.")
 
 
+SHARED_BY_STEPS = ("task", "prompt", "seed", "settings")
+
+
+def saved_run(messages: Sequence[dict[str, Any]], fps: float) -> str:
+    """A run's viewer messages as the JSON that `Trajectory.save` writes and `read_messages` reads."""
+    last = messages[-1]
+    run = {
+        "format": FORMAT,
+        **{key: last[key] for key in SHARED_BY_STEPS},
+        "fps": fps,
+        "text": None if last["task"] == "generate" else last["text"],
+        "steps": [{key: value for key, value in step.items() if key not in SHARED_BY_STEPS} for step in messages],
+    }
+    return json.dumps(run, ensure_ascii=False, indent=1)
+
+
 def read_messages(text: str) -> list[dict[str, Any]]:
     """The viewer messages of a run that was saved as JSON."""
     run = json.loads(text)
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         raise ValueError(f"This is not a saved run: its 'format' should be '{FORMAT}'.")
-    shared = {key: run[key] for key in ("task", "prompt", "seed", "settings")}
-    return [{**step, **shared} for step in run["steps"]]
+    return [{**step, **{key: run[key] for key in SHARED_BY_STEPS}} for step in run["steps"]]
+
+
+def strip_frames(message: dict[str, Any]) -> np.ndarray | None:
+    """The pictures of a viewer message as uint8 (F, H, W, 3), as the viewer shows them."""
+    if message["clean"] is None:
+        return None
+    strip = Image.open(io.BytesIO(base64.b64decode(message["clean"].partition(",")[2])))
+    return np.stack(np.split(np.asarray(strip), message["frame"]["count"], axis=1))
 
 
 def page(runs: Sequence[list[dict[str, Any]]]) -> str:

@@ -36,6 +36,10 @@ function mountTrajectoryViewer(root, host) {
     return run.steps.length ? run.steps.length - 1 : (run.meta.branch_at ?? -1);
   }
 
+  function newestStep(run) {
+    return nearestStep(run, newestIndex(run));
+  }
+
   function nearestStep(run, index) {
     for (let k = Math.min(index, newestIndex(run)); k >= 0; k--) {
       const step = stepOf(run, k);
@@ -89,9 +93,9 @@ function mountTrajectoryViewer(root, host) {
     const run = runs.get(message.run ?? message.messages?.[0]?.run);
     if (!run) return;
     fillGaps(run);
-    if (live && shown.includes(run.id)) at = Math.max(0, newestIndex(run));
-    render();
-    if (message.messages && !calm && !playTimer) togglePlaying(); // a finished run introduces itself
+    if (!newestStep(run)) return;
+    follow(run);
+    if (message.messages) introduce();
   }
 
   function take(message) {
@@ -107,13 +111,15 @@ function mountTrajectoryViewer(root, host) {
       live = true;
       stopPlaying();
       announce("Started.");
+      if (!message.event && root.getBoundingClientRect().top > innerHeight * 0.6)
+        root.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
     }
     if (message.event) {
       run.state = message.event;
       announce({ done: "Finished.", stopped: "Stopped; the steps so far are kept." }[message.event] ?? "");
     } else if (!run.steps[message.index]) {
       run.steps[message.index] = message;
-      run.meta = { ...message, parent: run.meta.parent, branch_at: run.meta.branch_at };
+      run.meta = message;
       picture(message, kind);
       if (message.index === message.total - 1 && run.state === "running") run.state = "done";
     }
@@ -129,11 +135,22 @@ function mountTrajectoryViewer(root, host) {
     if (!missing.length && !empty) return;
     run.asking = true;
     host.steps({ run: run.id, have: Object.keys(run.steps).map(Number) }).then((messages) => {
-      messages.forEach(take);
-      if (live && shown.includes(run.id)) at = Math.max(0, newestIndex(run));
-      render();
       run.asking = false;
+      messages.forEach(take);
+      if (!newestStep(run)) return;
+      follow(run);
+      if (empty && run.state === "example") introduce();
     });
+  }
+
+  function follow(run) {
+    if (live && shown.includes(run.id)) at = Math.max(0, newestIndex(run));
+    render();
+  }
+
+  // A run that is finished when it is first seen plays itself once.
+  function introduce() {
+    if (!calm && !playTimer) togglePlaying();
   }
 
   // ------------------------------------------------------------------------------------------------- what is shown
@@ -155,6 +172,7 @@ function mountTrajectoryViewer(root, host) {
       element.dataset.plate = plates.length;
       find(".uvg-letter", element).textContent = "B";
       find(".uvg-tokens", element).replaceChildren();
+      find(".uvg-looking", element).textContent = "";
       first.after(element);
     }
     const number = plates.length;
@@ -207,7 +225,8 @@ function mountTrajectoryViewer(root, host) {
     plate.run = run;
     plate.prompt.textContent = plate.prompt.title =
       run.meta.prompt || (run.meta.task === "understand" ? "Describe this clip" : "No prompt");
-    plate.facts.textContent = run.meta.seed == null ? "" : "seed " + run.meta.seed;
+    plate.facts.textContent = run.meta.parent ? "branch from step " + (run.meta.branch_at + 1)
+      : run.meta.seed == null ? "" : "seed " + run.meta.seed;
     plate.title.textContent = { generate: "Prompt, as the model reads it", understand: "Caption" }[run.meta.task] ?? "Caption";
     if (!step) return;
     if (plate.step !== step || plate.kind !== kind) {

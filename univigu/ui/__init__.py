@@ -1,0 +1,1 @@
+"""The Gradio app: one file per tab, one folder for the trajectory viewer. It knows nothing of tensors."""
