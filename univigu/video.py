@@ -32,10 +32,8 @@ MAX_PIXELS = 1 << 26
 # Containers round times, webm to the millisecond: a frame that starts this little after a sample counts as shown at it.
 TIME_ROUNDING = Fraction(1, 1000)
 COLORSPACE_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, which PyAV has no name for
-# Rounded chroma is visible on flat drawings, so both directions use swscale's exact arithmetic.
-EXACT = (
-    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-)
+# swscale's exact arithmetic: its default darkens by one level and takes the nearest chroma sample.
+EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
 
 @dataclass(frozen=True)
@@ -154,20 +152,28 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float | Fracti
             image = _enlarged(image, scale)
             image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            container.mux(stream.encode(reformatter.reformat(frame, format="yuv420p", interpolation=EXACT, **bt709)))
+            container.mux(
+                stream.encode(
+                    reformatter.reformat(frame, format="yuv420p", interpolation=Interpolation.BILINEAR | EXACT, **bt709)
+                )
+            )
         container.mux(stream.encode())
 
 
 def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float | Fraction, scale: int = 1) -> None:
-    """Write frames as a gif that loops for ever, each frame with its own palette; `scale` enlarges by whole pixels."""
+    """Write frames as a gif that loops for ever, in the 256 colours that suit the clip best; `scale` as for mp4.
+
+    One palette for all frames and a little dither: palettes of their own would make still backgrounds flicker.
+    """
     frames, rate = _checked(frames, scale), _exact_rate(fps)
     if rate > 50:
         raise ValueError(f"A gif shows at most 50 frames per second, not {float(rate):g}; lower fps or write an mp4.")
     # Delays are whole hundredths of a second: rounding the moments, not the delays, keeps the clip's length.
     moments = [round(100 * index / rate) for index in range(len(frames) + 1)]
-    images = [
-        Image.fromarray(_enlarged(image, scale)).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1) for image in frames
-    ]
+    pixels = frames.reshape(-1, 3)
+    some = pixels[np.random.default_rng(0).integers(len(pixels), size=1 << 16)]
+    palette = Image.fromarray(some[None]).quantize(256, Image.Quantize.MEDIANCUT)
+    images = [Image.fromarray(_enlarged(image, scale)).quantize(palette=palette) for image in frames]
     with _written(path) as target:
         images[0].save(
             target,
@@ -191,24 +197,20 @@ class _Source:
         self.decoder.thread_type = "AUTO"
         self.decoder.options = {"max_pixels": str(MAX_PIXELS)}
         self.pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
-        self.rate = stream.average_rate or stream.guessed_rate or Fraction(10)
+        self.rate = stream.average_rate or Fraction(10)
         self.reformatter = VideoReformatter()
 
-        end_pts = None
-        if not stream.duration:
-            # webm gives at most the length of the file, sound included: the last packets say where the pictures end.
-            if container.duration:
-                container.seek(container.duration)
-            pause = 1 / (self.rate * stream.time_base)
-            packets = (packet for packet in container.demux(stream) if packet.pts is not None)
-            end_pts = max((packet.pts + (packet.duration or pause) for packet in packets), default=None)
-            container.seek(0)
+        end = None if stream.duration else self._find_end()
         self.decoded = self._decode()
         self.first = next(self.decoded, None)
         if self.first is None:
             raise ValueError(f"'{name}' holds no picture that can be decoded; it is damaged or cut short.")
-        ticks = stream.duration if end_pts is None else end_pts - self.first.pts
-        self.duration = ticks * stream.time_base if ticks > 0 else 1 / self.rate
+        start = self.first.pts * stream.time_base
+        self.duration = stream.duration * stream.time_base if end is None else end - start
+        if self.duration <= 0:
+            self.duration = 1 / self.rate
+        if container.format.name == "gif":  # FFmpeg's mean leaves out the last frame's delay
+            self.rate = stream.frames / self.duration
 
     @classmethod
     @contextmanager
@@ -221,25 +223,24 @@ class _Source:
         if path.stat().st_size == 0:
             raise ValueError(f"'{path.name}' is an empty file; give a video.")
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", "fflags": "+genpts+discardcorrupt"}
+        unreadable = (
+            f"'{path.name}' cannot be read as a video: it is cut short, damaged or none of mp4, mov, webm, mkv, avi "
+            f"and gif in a common encoding."
+        )
         try:
             # With "file:" before it, no name can be taken for a web address or another of FFmpeg's protocols.
             container = av.open(f"file:{path.absolute()}", options=options, metadata_errors="replace")
         except (av.FFmpegError, OSError):
-            raise ValueError(
-                f"'{path.name}' cannot be read as a video: "
-                f"it is cut short, damaged or none of mp4, mov, webm, mkv, avi and gif."
-            ) from None
+            raise ValueError(unreadable) from None
         with container:
             streams = [
                 stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
             ]
-            if not streams:
-                raise ValueError(f"'{path.name}' has no moving pictures in it, only sound or other data; give a video.")
+            if not streams and container.streams.audio:
+                raise ValueError(f"'{path.name}' has sound but no moving pictures; give a video.")
+            if not streams or streams[0].codec_context is None:
+                raise ValueError(unreadable)
             codec = streams[0].codec_context
-            if codec is None:
-                raise ValueError(
-                    f"'{path.name}' uses a video format that cannot be decoded here; convert it to H.264 mp4."
-                )
             if codec.width * codec.height > MAX_PIXELS:
                 raise ValueError(
                     f"'{path.name}' has frames of {codec.width}x{codec.height}, "
@@ -248,7 +249,23 @@ class _Source:
             try:
                 yield cls(path.name, container, streams[0])
             except av.FFmpegError:
-                raise ValueError(f"'{path.name}' is damaged: a needed part of it cannot be decoded.") from None
+                raise ValueError(unreadable) from None
+
+    def _find_end(self) -> Fraction:
+        """Where the pictures end, for containers that give at most the length of the file, sound included (webm)."""
+        claimed = Fraction(self.container.duration or 0, av.time_base)
+        if claimed:
+            self.container.seek(self.container.duration)
+        end = end_of_all = Fraction(0)
+        for packet in self.container.demux():
+            if packet.pts is not None:
+                pause = packet.duration * packet.time_base if packet.duration else 1 / self.rate
+                end_of_all = max(end_of_all, packet.pts * packet.time_base + pause)
+                if packet.stream is self.stream:
+                    end = max(end, packet.pts * packet.time_base + pause)
+        self.container.seek(0)
+        # Where even the sound breaks off early, the file is cut short, and who needs the rest shall be told.
+        return claimed if claimed - end_of_all > 1 else end
 
     def frames_at(self, times: list[Fraction]) -> Iterator[av.VideoFrame]:
         """The frame on screen at each of some rising times; what the file's index lets us leave out is not decoded."""
@@ -285,10 +302,13 @@ class _Source:
             self.decoded = chain((frame,), self.decoded)
 
     def _decode(self) -> Iterator[av.VideoFrame]:
-        for packet in self.container.demux(self.stream):
-            if packet.size:
-                yield from (frame for frame in self.decoder.decode(packet) if frame.pts is not None)
-        yield from (frame for frame in self.decoder.decode(None) if frame.pts is not None)
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:
+                    yield from (frame for frame in self.decoder.decode(packet) if frame.pts is not None)
+            yield from (frame for frame in self.decoder.decode(None) if frame.pts is not None)
+        except av.InvalidDataError:
+            return  # a cut file often ends in half a picture: frames_at says what is missing, if anything is
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -304,7 +324,7 @@ def _fitted(frame: av.VideoFrame, source: _Source, height: int, width: int, fit:
     transposed, flip_x, flip_y = _orientation(frame)
     if transposed:
         height, width = width, height
-    image = _rgb(frame, source.reformatter)
+    image = _rgb(frame, source.reformatter, height, width)
     rows, columns = image.shape[:2]
     # How much wider than the wanted shape the frame is, as displayed.
     excess = Fraction(columns, rows) * source.pixel_aspect / Fraction(width, height)
@@ -325,15 +345,19 @@ def _fitted(frame: av.VideoFrame, source: _Source, height: int, width: int, fit:
     return image[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
 
 
-def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, height: int, width: int) -> np.ndarray:
+    """The frame in RGB, not smaller than `height` x `width` if it was not; a far larger one is shrunk at once."""
     has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     # Files that do not say: the rule of browsers and players, BT.601 for small pictures and BT.709 from 720 lines on.
     untagged_hd = frame.colorspace == COLORSPACE_UNSPECIFIED and frame.height >= 720
+    shrink = 1 if has_alpha else max(1, min(frame.height // (2 * height), frame.width // (2 * width)))
     image = reformatter.reformat(
         frame,
+        height=frame.height // shrink,
+        width=frame.width // shrink,
         format="rgba" if has_alpha else "rgb24",
         src_colorspace=Colorspace.ITU709 if untagged_hd else None,
-        interpolation=EXACT,
+        interpolation=Interpolation.AREA | EXACT,
     ).to_ndarray()
     if not has_alpha:
         return image
