@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler
 
 from univigu import Step, Trajectory, UniViGUPipeline
+from univigu.sampler import video_scheduler
 from univigu.ui.runs import Ask, Run
 from univigu.weights import EMBEDDED, load
 
@@ -32,7 +32,6 @@ CHOICES = {
     "Wan2.1 14B, a start for training: a GPU with 80 GB and a very large download": "wan2.1-14b",
     "Uni-ViGU as its authors released it: a GPU with 24 GB and a large download": "released",
 }
-SCHEDULERS = ("Euler", "UniPC")
 
 _loaded: dict[str, UniViGUPipeline] = {}
 _loading = threading.Lock()
@@ -110,10 +109,7 @@ def _seconds_of_steps(run_id: str, ask: Ask, start: Any) -> int:
 def _take_steps(run_id: str, ask: Ask, start: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     pipe = _loaded[ask.model]
     options = dict(ask.settings)
-    scheduler = None
-    if options.pop("scheduler") == "UniPC":
-        shift = pipe.scheduler.config.get("shift") or pipe.scheduler.config.get("flow_shift") or 1.0
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler = video_scheduler(options.pop("scheduler"), pipe.scheduler)
     trajectory = Trajectory(
         task=ask.task, prompt=ask.prompt, seed=ask.seed, settings=ask.settings, fps=pipe.config.default_fps, run=run_id
     )

@@ -13,18 +13,21 @@ CSS = (
     + """
 .gradio-container { width: 100%; max-width: 1440px !important; margin: 0 auto !important; }
 .gradio-container > .main { width: 100%; }
-.app-title { padding: 0; }
+.gradio-container .html-container { padding: 0; }
 .app-title h1 { margin: 0; font-size: 28px; line-height: 1.2; font-weight: 650; letter-spacing: -.01em; }
 .app-title p { margin: 4px 0 0; color: var(--uvg-muted); font-size: 16px; max-width: 70ch; }
 .app-title .v { color: var(--uvg-video); font-weight: 600; }
 .app-title .t { color: var(--uvg-text); font-weight: 600; }
 
 .app-controls { flex: 0 0 310px !important; min-width: min(310px, 100%) !important; }
-.app-controls .queue { height: 24px; min-height: 24px; }
+.app-controls .queue { height: 24px; min-height: 24px; margin: -6px 0; }
 .app-view { min-width: min(320px, 100%) !important; }
 .app-controls table { font-size: 14px; }
 @media (max-width: 900px) { .app-controls { flex-basis: 100% !important; } }
-@media (max-width: 480px) { .gradio-container > .main { padding: 12px !important; } .app-title h1 { font-size: 24px; } }
+@media (max-width: 640px) {
+  .gradio-container > .main.app { padding: 12px 14px !important; }
+  .app-title h1 { font-size: 24px; }
+}
 """
 )
 
@@ -58,8 +61,8 @@ def theme() -> gr.themes.Base:
         "color_accent": "var(--uvg-ink)",
         "color_accent_soft": "var(--uvg-ground)",
         "slider_color": "var(--uvg-ink)",
-        "checkbox_background_color_selected": "var(--uvg-ink)",
-        "checkbox_border_color_selected": "var(--uvg-ink)",
+        "checkbox_background_color_selected": "#0b6e75",  # its tick is white in both themes
+        "checkbox_border_color_selected": "#0b6e75",
         "button_primary_background_fill": "var(--uvg-ink)",
         "button_primary_background_fill_hover": "var(--uvg-video)",
         "button_primary_text_color": "var(--uvg-panel)",

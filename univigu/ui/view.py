@@ -52,7 +52,7 @@ def trajectory_view(runs: Runs, value: dict[str, Any] | None = None, **options: 
         def serve(request: dict):
             try:
                 return function(runs, request)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, LookupError, TypeError) as error:
                 return {"error": str(error) if isinstance(error, ValueError) else "This request is incomplete."}
 
         serve.__name__ = function.__name__

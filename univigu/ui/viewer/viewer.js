@@ -159,6 +159,8 @@ function mountTrajectoryViewer(root, host) {
     shown = ids;
     looking = null;
     while (plates.length < ids.length) addPlate();
+    for (const plate of plates) plate.looking.textContent = "";
+    delete root.dataset.looking;
     plates.forEach((plate, i) => (plate.element.hidden = i >= ids.length));
     root.toggleAttribute("data-beside", ids.length > 1);
     heldFrame = 0;
