@@ -141,8 +141,10 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float | Fracti
         _written(path) as target,
         av.open(f"file:{target}", "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
-        # One thread: x264's decisions, and so the bytes, would otherwise depend on the number of cores.
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "17", "threads": "1"})
+        # The same frames give the same bytes: with more threads they depend on the number of cores, and x264's
+        # macroblock tree comes out differently now and then on clips this small.
+        options = {"crf": "17", "threads": "1", "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width = (side * scale + side * scale % 2 for side in frames.shape[1:3])
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
