@@ -28,7 +28,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
-    WanAttnProcessor,
     WanRotaryPosEmbed,
     WanTimeTextImageEmbedding,
     WanTransformer3DModel,
@@ -57,11 +56,12 @@ class UniViGUTransformerOutput(BaseOutput):
 
 @dataclass
 class VideoCache:
-    """Keys and values of the video stream, one entry a block. Empty: the next forward fills it. Filled: the next
-    forward computes the tokens only. Exact while the video, its time and the prompt stay the same and the video does
-    not look at the tokens."""
+    """Keys and values of the video stream and the prompt, one entry a block, and the embedded time and prompt. Empty:
+    the next forward fills it. Filled: the next forward computes the tokens only. Exact while the video, its time and
+    the prompt stay the same and the video does not look at the tokens."""
 
     layers: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    condition: tuple[torch.Tensor, ...] = ()
 
     @property
     def is_filled(self) -> bool:
@@ -207,22 +207,52 @@ class UniViGUAttnProcessor:
         )
 
 
-def modulate(normed, video_shift, video_scale, token_shift, token_scale, num_tokens: int) -> torch.Tensor:
-    """Shift and scale each stream by its own time."""
-    if not num_tokens:
-        return normed * (1 + video_scale) + video_shift
-    num_video = normed.shape[1] - num_tokens
-    video = normed[:, :num_video] * (1 + video_scale) + video_shift
-    return torch.cat([video, normed[:, num_video:] * (1 + token_scale) + token_shift], dim=1)
+class PromptAttnProcessor:
+    """Equation 4: Wan's cross-attention to the prompt. With a cache the prompt's keys and values are kept too: at 512
+    positions they would be most of what is left of a caption step."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple | None = None,
+        cached_video: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if cached_video is not None and "prompt_key" in cached_video:
+            query, key, value = attn.to_q(hidden_states), cached_video["prompt_key"], cached_video["prompt_value"]
+        else:
+            query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+            key, value = attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+            if cached_video is not None:
+                cached_video["prompt_key"], cached_video["prompt_value"] = key, value
+        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
+        # no parallel_config: every process of a context-parallel group holds the whole prompt
+        attended = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
 
 
-def add_gated(hidden_states, update, video_gate, token_gate, num_tokens: int) -> torch.Tensor:
-    """The residual, gated for each stream by its own time."""
-    if not num_tokens:
-        return (hidden_states.float() + update.float() * video_gate).type_as(hidden_states)
-    num_video = hidden_states.shape[1] - num_tokens
-    gated = torch.cat([update[:, :num_video].float() * video_gate, update[:, num_video:].float() * token_gate], dim=1)
-    return (hidden_states.float() + gated).type_as(hidden_states)
+def split(stream: torch.Tensor, num_tokens: int) -> list[torch.Tensor]:
+    """[video ; tokens] as [video, tokens], or as [video] where there are no tokens."""
+    num_video = stream.shape[1] - num_tokens
+    return [stream[:, :num_video], stream[:, num_video:]] if num_tokens else [stream]
+
+
+def join(streams: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(streams, dim=1) if len(streams) > 1 else streams[0]
+
+
+# One fused pass over the stream where Wan takes two: it pays for joining the streams again.
+def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def add_gated(hidden_states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(hidden_states.float(), update.float(), gate).type_as(hidden_states)
 
 
 class UniViGUTransformerBlock(nn.Module):
@@ -250,7 +280,7 @@ class UniViGUTransformerBlock(nn.Module):
             dim_head=head_dim,
             eps=eps,
             cross_attention_dim_head=head_dim,
-            processor=WanAttnProcessor(),
+            processor=PromptAttnProcessor(),
         )
         self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
@@ -271,17 +301,16 @@ class UniViGUTransformerBlock(nn.Module):
         video_sees_tokens: bool | torch.Tensor = True,
         cached_video: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+        # each stream is modulated by its own time, through the block's one table
+        modulation = [(self.scale_shift_table + temb.float()).chunk(6, dim=1)]
         if num_tokens:
-            token_modulation = (self.scale_shift_table + token_temb.float()).chunk(6, dim=1)
-        else:
-            token_modulation = (None,) * 6
-        t_shift, t_scale, t_gate, t_ffn_shift, t_ffn_scale, t_ffn_gate = token_modulation
+            modulation.append((self.scale_shift_table + token_temb.float()).chunk(6, dim=1))
 
         # equation 14: self-attention over [video ; tokens], shared
-        normed = modulate(self.norm1(hidden_states.float()), shift, scale, t_shift, t_scale, num_tokens)
+        normed = split(self.norm1(hidden_states.float()), num_tokens)
+        normed = [modulate(part, shift, scale) for part, (shift, scale, *_) in zip(normed, modulation, strict=True)]
         attended = self.attn1(
-            normed.type_as(hidden_states),
+            join(normed).type_as(hidden_states),
             None,
             None,
             rotary_emb,
@@ -289,21 +318,20 @@ class UniViGUTransformerBlock(nn.Module):
             video_sees_tokens=video_sees_tokens,
             cached_video=cached_video,
         )
-        hidden_states = add_gated(hidden_states, attended, gate, t_gate, num_tokens)
+        streams = zip(split(hidden_states, num_tokens), split(attended, num_tokens), modulation, strict=True)
+        hidden_states = join([add_gated(part, update, gate) for part, update, (_, _, gate, *_) in streams])
 
         # equation 4: cross-attention to the prompt, shared
         normed = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None, cached_video=cached_video)
 
         # equation 15: one expert a modality, routed by what a position is
-        normed = modulate(self.norm3(hidden_states.float()), ffn_shift, ffn_scale, t_ffn_shift, t_ffn_scale, num_tokens)
-        normed = normed.type_as(hidden_states)
-        if num_tokens:
-            num_video = normed.shape[1] - num_tokens
-            update = torch.cat([self.ffn(normed[:, :num_video]), self.token_ffn(normed[:, num_video:])], dim=1)
-        else:
-            update = self.ffn(normed)
-        return add_gated(hidden_states, update, ffn_gate, t_ffn_gate, num_tokens)
+        experts = [self.ffn, self.token_ffn] if num_tokens else [self.ffn]
+        parts, normed = split(hidden_states, num_tokens), split(self.norm3(hidden_states.float()), num_tokens)
+        outputs = []
+        for expert, part, norm, (_, _, _, shift, scale, gate) in zip(experts, parts, normed, modulation, strict=True):
+            outputs.append(add_gated(part, expert(modulate(norm, shift, scale).type_as(part)), gate))
+        return join(outputs)
 
 
 # The stream goes through the blocks as one tensor, so that step caches that skip blocks skip both modalities alike.
@@ -492,8 +520,11 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             video_cache: see `VideoCache`.
         """
         tokens_only = video_cache is not None and video_cache.is_filled
-        temb, timestep_proj, encoder_hidden_states, _ = self.condition_embedder(timestep, encoder_hidden_states)
-        timestep_proj = timestep_proj.unflatten(1, (6, -1))
+        if tokens_only:
+            temb, timestep_proj, encoder_hidden_states = video_cache.condition
+        else:
+            temb, timestep_proj, encoder_hidden_states, _ = self.condition_embedder(timestep, encoder_hidden_states)
+            timestep_proj = timestep_proj.unflatten(1, (6, -1))
 
         streams, video_rotary, token_rotary, token_temb, token_timestep_proj = [], None, None, None, None
         if not tokens_only:
@@ -512,6 +543,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
 
         if video_cache is not None and not video_cache.layers:
             video_cache.layers = [{} for _ in self.blocks]
+            video_cache.condition = (temb, timestep_proj, encoder_hidden_states)
         for index, block in enumerate(self.blocks):
             arguments = (
                 stream,
