@@ -426,3 +426,37 @@ def _checkpoint_file(location: str) -> Path:
             f"{location!r} should hold one checkpoint (.pth or .safetensors) but holds {held}; give the file."
         )
     return found[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def load_lora(pipe: UniViGUPipeline, path: str | os.PathLike) -> None:
+    """Attach a LoRA to the transformer: one of ours, or one made for Wan2.1 in any form that diffusers converts."""
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise ValueError(f"There is no LoRA {path!r}; give a folder or a .safetensors file.")
+    try:
+        state, metadata = pipe.lora_state_dict(path, use_safetensors=True, return_lora_metadata=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError):
+        raise ValueError(f"{path!r} holds no LoRA that can be read; give a folder or a .safetensors file.") from None
+    state = {key.removeprefix("transformer."): weight for key, weight in state.items()}
+    metadata = {key.removeprefix("transformer."): value for key, value in (metadata or {}).items()} or None
+    layers = {name: layer for name, layer in pipe.transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
+    problems = []
+    for key, weight in state.items():
+        name, _, matrix = key.partition(".lora_")
+        if name not in layers or matrix[:2] not in ("A.", "B."):
+            problems.append(f"{key} has no place")
+            continue
+        width, needed = weight.shape[0], layers[name].out_features
+        if matrix.startswith("A."):
+            width, needed = weight.shape[1], layers[name].in_features
+        if width != needed:
+            problems.append(f"{key} is {tuple(weight.shape)} where the model's width is {needed}")
+    if problems or not state:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"The LoRA {path!r} does not fit this model: {'; '.join(problems[:3]) or 'it is empty'}{more}."
+        )
+    pipe.transformer.load_lora_adapter(state, prefix=None, metadata=metadata)
