@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -87,6 +88,7 @@ class Path:
         return self.size * width / 2 / self.stretch, self.size * height / 2 * np.maximum(self.stretch, 1.0)
 
 
+@cache
 def path(size: str, motion: str) -> Path:
     """The movement of an actor of this size and motion."""
     frame = np.arange(FRAMES, dtype=np.float64)
