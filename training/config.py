@@ -22,7 +22,9 @@ Config = TypeVar("Config")
 
 @dataclass
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 2e-4
+    matrix_lr: float = 2e-3  # of weight matrices under muon
     betas: tuple[float, float] = (0.9, 0.95)  # section 4.1
     weight_decay: float = 0.0  # section 4.1 says Adam
     warmup_steps: int = 100

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from training.config import OptimConfig, RunConfig, config_to_dict
+from training.muon import Muon
 
 STOPPED_BY_SIGNAL = 130
 _PARTIAL = ".partial-"
@@ -72,14 +73,14 @@ def train(objective: Any, run: RunConfig, optim: OptimConfig, settings: Any = No
     return _Run(objective, run, optim, settings).until_done()
 
 
-def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """The rate of step number `step`, counted from 0: linear warm-up, then constant or a cosine to its floor."""
+def learning_rate_share(step: int, steps: int, optim: OptimConfig) -> float:
+    """The share of the learning rate at a step, counted from 0: linear warm-up, then constant or a cosine to its floor."""  # noqa: E501
     warm = min(1.0, (step + 1) / max(1, optim.warmup_steps))
     if optim.schedule == "constant":
-        return optim.lr * warm
+        return warm
     progress = min(1.0, max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
     floor = optim.final_lr_share
-    return optim.lr * warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -143,8 +144,11 @@ class _Run:
             raise ValueError(f"run.trackers or run.mixed_precision cannot be used here: {error}") from None
         self.progress = Progress(settings=config_to_dict(settings) if settings is not None else {})
         torch.manual_seed(run.seed)
-        parameters = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        if optim.name == "muon":
+            optimizer = Muon(objective, optim.lr, optim.matrix_lr, optim.betas)
+        else:
+            parameters = [p for p in objective.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
         self.objective = objective
         self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -195,9 +199,9 @@ class _Run:
 
     def _step(self, batches: Iterator[Any]) -> dict[str, torch.Tensor]:
         step, accumulate = self.progress.step, self.optim.accumulate
-        rate = learning_rate(step, self.run.steps, self.optim)
+        share = learning_rate_share(step, self.run.steps, self.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * (self.optim.matrix_lr if group.get("matrix") else self.optim.lr)
         device, rank = self.accelerator.device, self.accelerator.process_index
         generator = torch.Generator(device).manual_seed((self.run.seed * 1_000_003 + step) * 4096 + rank)
         totals: dict[str, torch.Tensor] = {}
@@ -220,7 +224,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.step(self.parameters)
-        return {**totals, "gradient_norm": norm, "lr": torch.tensor(rate)}
+        return {**totals, "gradient_norm": norm, "lr": torch.tensor(share * self.optim.lr)}
 
     def _batches(self) -> DataLoader:
         workers, accumulate = self.run.workers, self.optim.accumulate
@@ -261,7 +265,7 @@ class _Run:
             self.average.restore(self.parameters)
 
     def _save(self) -> None:
-        """A checkpoint under a temporary name, flushed to the disk and then renamed: it is there whole or not at all."""
+        """A checkpoint under a temporary name, flushed to the disk and then renamed: it is there whole or not at all."""  # noqa: E501
         step, checkpoints = self.progress.step, self.folder / "checkpoints"
         final, partial = checkpoints / f"step-{step:08d}", checkpoints / f"{_PARTIAL}step-{step:08d}"
         if final.exists() and _damage(final) is None:
@@ -286,7 +290,7 @@ class _Run:
             shutil.rmtree(partial, ignore_errors=True)
             kept = find_checkpoints(self.folder)
             raise ValueError(
-                f"The checkpoint of step {step} could not be written to {checkpoints} ({' '.join(str(error).split())}); "
+                f"The checkpoint of step {step} could not be written to {checkpoints} ({' '.join(str(error).split())}); "  # noqa: E501
                 + (f"{kept[-1].name} is kept and a resumed run starts there." if kept else "there is none before it.")
             ) from None
         if self.accelerator.is_main_process:

@@ -8,14 +8,13 @@ own. Pairs take turns, so that whatever else the machine does slows both alike. 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from diffusers import WanTransformer3DModel
 from tqdm import tqdm
 
 from univigu.transformer import UMT5_VOCAB_SIZE, WAN_1_3B, UniViGUTransformer3DModel, VideoCache
+from univigu.weights import pick_device
 
 VIDEO_TOKENS_PER_CAPTION_TOKEN = 128
 # Latents (frames, height, width). "small" keeps Wan's proportions, the vocabulary's share of the work included.
@@ -62,15 +62,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = options.size or ("small" if device == "cpu" else "wan2.1-1.3b")
-    result = measure(size, device, options.rounds)
+    if options.rounds < 1:
+        raise ValueError(f"--rounds must be a whole number from 1 up, not {options.rounds}.")
+    device = pick_device(options.device)
+    size = options.size or ("small" if device.type == "cpu" else "wan2.1-1.3b")
+    memory = {step: memory_of(step, size, device) for step in tqdm(STEPS, desc="memory", file=sys.stderr)}
+    result = {**measure_times(size, device, options.rounds), "peak_megabytes": memory}
     return 0, result, report(result)
 
 
-def measure(size: str, device: str, rounds: int) -> dict[str, Any]:
-    memory = {step: memory_of(step, size, device) for step in tqdm(STEPS, desc="memory", file=sys.stderr)}
-    steps = build_steps(size, device, STEPS)
+def measure_times(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Every step in turn, `rounds` times; ratios are medians over the turns."""
+    steps = build_steps(size, device, tuple(STEPS))
     seconds: dict[str, list[float]] = {step: [] for step in STEPS}
     with torch.no_grad():
         for turn in tqdm(range(rounds + 1), desc="time", file=sys.stderr):
@@ -78,25 +81,22 @@ def measure(size: str, device: str, rounds: int) -> dict[str, Any]:
                 elapsed = seconds_of(take, device)
                 if turn:  # the first warms up
                     seconds[step].append(elapsed)
-    median = {step: statistics.median(values) for step, values in seconds.items()}
-    frames, height, width = SIZES[size]["latents"]
-    video_tokens = frames * height * width // 4
+
+    def ratio(dividend: str, divisor: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[dividend], seconds[divisor], strict=True))
+
+    video_tokens = num_video_tokens(size)
     return {
         "size": size,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype_on(device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "video_tokens": video_tokens,
         "caption_tokens": video_tokens // VIDEO_TOKENS_PER_CAPTION_TOKEN,
         "rounds": rounds,
-        "generation_ratio": statistics.median(
-            ours / wan for ours, wan in zip(seconds["generate"], seconds["wan"], strict=True)
-        ),
-        "cached_caption_speedup": statistics.median(
-            full / cached for full, cached in zip(seconds["recomputed"], seconds["cached"], strict=True)
-        ),
-        "seconds": median,
-        "peak_megabytes": memory,
+        "generation_ratio": ratio("generate", "wan"),
+        "cached_caption_speedup": ratio("recomputed", "cached"),
+        "seconds": {step: statistics.median(values) for step, values in seconds.items()},
     }
 
 
@@ -120,11 +120,16 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
-def dtype_on(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
+def num_video_tokens(size: str) -> int:
+    frames, height, width = SIZES[size]["latents"]
+    return frames * height * width // 4  # patches of 1 x 2 x 2
 
 
-def build_steps(size: str, device: str, wanted: Any) -> dict[str, Callable[[], Any]]:
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def build_steps(size: str, device: torch.device, wanted: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
     """The wanted steps as calls, on random weights and states."""
     sizes, dtype = SIZES[size], dtype_on(device)
     torch.manual_seed(0)
@@ -132,13 +137,12 @@ def build_steps(size: str, device: str, wanted: Any) -> dict[str, Callable[[], A
         torch.set_default_dtype(dtype)
         try:
             wan = WanTransformer3DModel(**sizes["model"])
-            ours = UniViGUTransformer3DModel.from_wan(wan, sizes["vocab"]) if set(wanted) != {"wan"} else None
+            ours = UniViGUTransformer3DModel.from_wan(wan, sizes["vocab"]) if wanted != ("wan",) else None
         finally:
             torch.set_default_dtype(torch.float32)
-        frames, height, width = sizes["latents"]
-        latents = torch.randn(1, 16, frames, height, width, dtype=dtype)
+        latents = torch.randn(1, wan.config.in_channels, *sizes["latents"], dtype=dtype)
         prompt = torch.randn(1, sizes["prompt"], wan.config.text_dim, dtype=dtype)
-        num_tokens = frames * height * width // 4 // VIDEO_TOKENS_PER_CAPTION_TOKEN
+        num_tokens = num_video_tokens(size) // VIDEO_TOKENS_PER_CAPTION_TOKEN
         tokens = torch.randint(sizes["vocab"], (1, num_tokens))
         time_video, time_text = torch.tensor([500.0]), torch.tensor([250.0])
     still = {"video_sees_tokens": False, "return_dict": False}
@@ -155,33 +159,33 @@ def build_steps(size: str, device: str, wanted: Any) -> dict[str, Callable[[], A
     return {step: steps[step] for step in wanted}
 
 
-def seconds_of(take: Callable[[], Any], device: str) -> float:
-    if device != "cpu":
-        torch.accelerator.synchronize()
+def seconds_of(take: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     started = time.perf_counter()
     take()
-    if device != "cpu":
-        torch.accelerator.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - started
 
 
-def memory_of(step: str, size: str, device: str) -> float:
+def memory_of(step: str, size: str, device: torch.device) -> float:
     """The step's peak in megabytes, weights included: of a fresh process, less what it held before it built anything.
-    A cached step's process has built its cache, which is a whole step, so its peak is not below a whole step's."""
-    child = [sys.executable, "-m", "univigu.bench", step, size, device]
-    done = subprocess.run(child, env={**os.environ}, capture_output=True, text=True)
+    A cached step's process has filled its cache, which takes a whole step, so its peak is not below a whole step's."""
+    child = [sys.executable, "-m", "univigu.bench", step, size, str(device)]
+    done = subprocess.run(child, cwd=Path(__file__).resolve().parent.parent, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"Measuring the memory of {step!r} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    return float(done.stdout)
 
 
-def _measure_memory(step: str, size: str, device: str) -> float:
+def _measure_memory(step: str, size: str, device: torch.device) -> float:
     before = _resident_peak()
     take = build_steps(size, device, (step,))[step]
     with torch.no_grad():
         take()
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return _resident_peak() - before
 
 
@@ -191,4 +195,4 @@ def _resident_peak() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure_memory(*sys.argv[1:])))
+    print(_measure_memory(sys.argv[1], sys.argv[2], torch.device(sys.argv[3])))

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return BAD_INPUT
     if options.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result))
     elif plain:
         print(plain)
     return code

@@ -119,7 +119,7 @@ def load(
         dtype: of transformer and prompt encoder; bfloat16 on a GPU, float32 on a CPU. The autoencoder stays float32.
         wan_model: the Wan2.1 model that a released checkpoint takes its prompt encoder and autoencoder from.
     """
-    device = _device(device)
+    device = pick_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     found = find_model(name)
     if found.kind == "wan":
@@ -131,7 +131,7 @@ def load(
     return pipe.to(device)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
