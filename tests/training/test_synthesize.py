@@ -55,7 +55,7 @@ WORDS = [
     "sea",
     "meadow",
     "and",
-]  # noqa: E501
+]
 PROMPTS = ["a red ball", "the blue boat moves left", "a red ball", "a star over the sea", "green box", "small meadow"]
 CHAT = (
     "{% for message in messages %}<{{ message.role }}> {% for part in message.content %}"

@@ -22,6 +22,7 @@ from training.toybox.scenes import (
     sample_scene,
     scene_at,
 )
+from training.toybox.sheet import contact_sheet
 from training.toybox.tokenizer import build_tokenizer, caption_vocabulary_size
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "caption",
     "caption_vocabulary_size",
     "compare",
+    "contact_sheet",
     "facts",
     "is_held_out",
     "parse_caption",

@@ -125,11 +125,11 @@ def _find_actor(frames: np.ndarray, model: np.ndarray, time: str, found: list[_F
         for motion in ("still", "grows", "shrinks"):
             for size in SIZES:
                 starts += views.fit(_shapes_of(Actor("ball", colour, size, motion, x, y, False)), 0.5, 3, (0,))
-        for start in sorted(starts, key=lambda fit: -fit.gain)[:4]:
+        for start in sorted(starts, key=lambda fit: -fit.gain)[:3]:
             for motion in MOTIONS if start.actor.motion == "still" else (start.actor.motion,):
                 walk = path(start.actor.size, motion)
                 x, y = start.actor.x - walk.dx[0], start.actor.y - walk.dy[0]
-                trials += views.fit([replace(start.actor, motion=motion, x=x, y=y)], 0.5, 2)
+                trials += views.fit([replace(start.actor, motion=motion, x=x, y=y)], 0.5, 2, (1, 3, 4))
     trials = [trial for trial in trials if not any(_covers(fit.actor, trial.actor) for fit in found)]
     trials.sort(key=lambda fit: -fit.gain)
     best = None
