@@ -8,6 +8,7 @@ own. Pairs take turns, so that whatever else the machine does slows both alike. 
 from __future__ import annotations
 
 import argparse
+import re
 import resource
 import statistics
 import subprocess
@@ -180,18 +181,21 @@ def memory_of(step: str, size: str, device: torch.device) -> float:
 
 
 def _measure_memory(step: str, size: str, device: torch.device) -> float:
-    before = _resident_peak()
+    before = _resident_megabytes("VmRSS")
     take = build_steps(size, device, (step,))[step]
     with torch.no_grad():
         take()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return _resident_peak() - before
+    return _resident_megabytes("VmHWM") - before
 
 
-def _resident_peak() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+def _resident_megabytes(which: str) -> float:
+    """Memory of this process: `"VmRSS"` now, `"VmHWM"` at its peak. Where there is no /proc, the peak for both."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux' getrusage would count the parent's peak too
+        return float(re.search(rf"{which}:\s+(\d+) kB", status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One picture of many scenes, to look at the world whole: a film strip each, its prompt and caption beside it."""
+"""One picture of many scenes, to see the world as a whole: a film strip each, with prompt and caption beside it."""
 
 from __future__ import annotations
 
