@@ -138,10 +138,11 @@ def test_without_a_seed_a_new_one_is_drawn_and_told(run):
     assert again["text"] == first["text"]
 
 
-def test_what_is_cut_from_a_prompt_is_said(run):
+def test_what_is_cut_from_a_prompt_is_said(run, caplog):
     prompt = "a red ball moves left and a blue box moves right over the sea and the star"
     code, out, _ = run("generate", prompt, "--model", "model", "--output", "d.mp4", "--json")
-    assert code == 0 and json.loads(out)["cut_from_prompt"] == "and the star"
+    assert code == 0 and json.loads(out)["cut_from_prompt"] == "the star"
+    assert "The prompt is longer than 16 tokens; left out: 'the star'" in caplog.text
 
 
 def test_import_saves_a_model_that_runs(run, place, tmp_path):
