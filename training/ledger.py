@@ -59,7 +59,9 @@ class Ledger:
         with locked(self.part, wait=False) as self.file:
             self.partial.unlink(missing_ok=True)
             self.file.seek(0)
-            self.file.truncate(self.file.read().rfind(b"\n") + 1)
+            written = self.file.read()
+            if not written.endswith(b"\n"):
+                self.file.truncate(written.rfind(b"\n") + 1)
             yield
 
     def append(self, record: dict[str, Any]) -> None:
