@@ -1,0 +1,248 @@
+"""The three stages as data, and how each starts from the last: pretrain -> recall -> refine (section 3.4).
+
+`pretrain` makes the small text-to-video generator that stands in for Wan; `recall` grows the caption stream on a
+generator, Wan or ours, and learns to say the prompt again; `refine` learns the detailed caption. `StageObjective` is
+what the trainer runs: the loss of `objective.py` with data, validation, samples and export around it. This file knows
+nothing of where clips come from: that is behind `StageData`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch.utils.data import Dataset, default_collate
+from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from training.config import OptimConfig, RunConfig
+from training.objective import FlowObjective, ObjectiveConfig
+from univigu import UniViGUPipeline, UniViGUTransformer3DModel
+from univigu.weights import load_wan
+
+
+@dataclass(frozen=True)
+class Stage:
+    target: Literal["prompt_ids", "caption_ids"] | None  # what the caption stream learns to say
+    starts_from: Literal["generator", "captioner"]  # the one may also be new, the other not
+    trains_prompt_encoder: bool
+
+
+STAGES = {
+    "pretrain": Stage(None, "generator", True),
+    "recall": Stage("prompt_ids", "generator", False),  # Knowledge Recall
+    "refine": Stage("caption_ids", "captioner", False),  # Capability Refinement
+}
+
+
+@dataclass
+class StageConfig:
+    name: Literal["pretrain", "recall", "refine"]
+    start: str = ""  # the pipeline folder or Hub id that the stage begins with
+    from_scratch: bool = False  # that pipeline's network with new weights, to see what the old ones are worth
+    trained: Literal["all", "token_branch"] = "all"
+
+
+@dataclass
+class ModelConfig:
+    """What the stage builds anew; everything else is in the pipeline it starts from."""
+
+    vae: str = ""  # pretrain: the folder of a finished autoencoder
+    transformer: dict[str, Any] = field(default_factory=dict)  # pretrain: arguments of UniViGUTransformer3DModel
+    prompt_encoder: dict[str, Any] = field(default_factory=dict)  # pretrain: arguments of UMT5Config
+    video_shift: float = 3.0  # of the clip's time, in training and sampling; Wan's for 480p
+    caption_flow: Literal["embedding", "mixture"] = "embedding"  # recall
+    tokens: dict[str, Any] = field(default_factory=dict)  # recall: arguments of UniViGUTransformer3DModel.from_wan
+    token_flow: dict[str, Any] = field(default_factory=dict)  # recall: arguments of the caption's flow
+    pipeline: dict[str, Any] = field(default_factory=dict)  # settings of UniViGUPipeline, such as max_caption_tokens
+
+
+@dataclass
+class StageRun:
+    stage: StageConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: dict[str, Any] = field(default_factory=dict)  # see `open_data`
+
+
+class Probe(Protocol):
+    """Looks at what a model can do, beyond its loss."""
+
+    def measure(self, pipeline: UniViGUPipeline) -> dict[str, float]: ...
+
+    def draw(self, pipeline: UniViGUPipeline, folder: Path, step: int) -> None: ...
+
+
+@dataclass
+class StageData:
+    """`train`: endless, item i is example i; `held_out`: what validation sees. Both give the items of objective.py.
+    `empty_prompt`: what the prompt becomes when it is dropped, ids and mask or embeddings, as the items hold it."""
+
+    train: Dataset
+    held_out: Dataset
+    empty_prompt: tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+    probe: Probe | None = None
+
+
+class StageObjective(torch.nn.Module):
+    """What the trainer trains: a pipeline's network, and in pretraining its prompt encoder, under equation 11."""
+
+    def __init__(self, config: StageRun, pipeline: UniViGUPipeline, data: StageData):
+        super().__init__()
+        stage = STAGES[config.stage.name]
+        self.pipeline, self.data, self.stage = pipeline, data, stage
+        self.train_data, self.batch_size = data.train, config.run.batch_size
+        encoder = pipeline.text_encoder if isinstance(data.empty_prompt, tuple) else None
+        if encoder is not None:
+            encoder.requires_grad_(stage.trains_prompt_encoder)
+        network = pipeline.transformer.requires_grad_(True).train()
+        if config.stage.trained == "token_branch":
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(is_token_branch(name))
+        self.flow = FlowObjective(
+            network,
+            config.objective,
+            stage.target,
+            config.model.video_shift,
+            pipeline.token_scheduler,
+            encoder,
+            data.empty_prompt,
+        )
+
+    def forward(
+        self, batch: dict[str, torch.Tensor], generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.flow(batch, generator)
+
+    def validate(self) -> dict[str, float]:
+        device = next(self.parameters()).device
+        totals: dict[str, float] = {}
+        count = len(self.data.held_out)
+        for start in range(0, count, self.batch_size):
+            items = [self.data.held_out[index] for index in range(start, min(start + self.batch_size, count))]
+            batch = {name: value.to(device) for name, value in default_collate(items).items()}
+            for name, value in self.flow.losses_on_grid(batch, seed=start).items():
+                totals[name] = totals.get(name, 0.0) + value * len(items) / count
+        if self.data.probe is not None:
+            totals.update(self.data.probe.measure(self.pipeline))
+        return totals
+
+    def draw_samples(self, folder: Path, step: int) -> None:
+        if self.data.probe is not None:
+            self.data.probe.draw(self.pipeline, folder, step)
+
+    def export(self, folder: Path) -> None:
+        """The pipeline with the weights as they are: a Wan pipeline after pretraining, one of ours after that."""
+        if self.stage.target is None:
+            save_whole(as_wan(self.pipeline).save_pretrained, folder)
+        else:
+            save_whole(self.pipeline.save_pretrained, folder)
+
+
+def is_token_branch(parameter_name: str) -> bool:
+    """True for what the caption stream adds to the generator."""
+    return parameter_name.startswith("token_") or ".token_ffn." in parameter_name
+
+
+def build_stage(config: StageRun) -> StageObjective:
+    """The model of a stage, from the weights of the stage before it, and its data."""
+    torch.manual_seed(config.run.seed)
+    pipeline = build_pipeline(config)
+    return StageObjective(config, pipeline, open_data(config.data, pipeline))
+
+
+def build_pipeline(config: StageRun) -> UniViGUPipeline:
+    """A new generator, or the pipeline that the stage starts from, changed as the stage says."""
+    stage, model = STAGES[config.stage.name], config.model
+    if stage.target is None:
+        if not config.stage.start:
+            from training.toybox import build_tokenizer
+
+            return new_generator(model, build_tokenizer())
+        wan = WanPipeline.from_pretrained(config.stage.start)
+        pipeline = UniViGUPipeline(
+            wan.tokenizer,
+            wan.text_encoder,
+            UniViGUTransformer3DModel.from_wan(wan.transformer, vocab_size=None),
+            wan.vae,
+            wan.scheduler,
+        )
+    elif not config.stage.start:
+        raise ValueError(f"stage.start is empty: name the {stage.starts_from} that {config.stage.name} starts from.")
+    elif stage.starts_from == "generator":
+        pipeline = load_wan(
+            config.stage.start,
+            caption_flow=model.caption_flow,
+            flow_shift=model.video_shift,
+            seed=config.run.seed,
+            **model.tokens,
+        )
+        if model.token_flow:
+            kind = type(pipeline.token_scheduler)
+            pipeline.register_modules(
+                token_scheduler=kind.from_config(pipeline.token_scheduler.config, **model.token_flow)
+            )
+    else:
+        pipeline = UniViGUPipeline.from_pretrained(config.stage.start)
+    if config.stage.from_scratch:
+        pipeline.register_modules(transformer=UniViGUTransformer3DModel.from_config(pipeline.transformer.config))
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=model.video_shift))
+    pipeline.register_to_config(**model.pipeline)
+    return pipeline
+
+
+def new_generator(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> UniViGUPipeline:
+    """A text-to-video pipeline of random weights around a trained autoencoder."""
+    if not Path(model.vae, "config.json").is_file():
+        raise ValueError(f"model.vae names no autoencoder: {model.vae!r} holds no config.json.")
+    vae = AutoencoderKLWan.from_pretrained(model.vae, torch_dtype=torch.float32)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **model.prompt_encoder))
+    channels = vae.config.z_dim
+    transformer = UniViGUTransformer3DModel(
+        in_channels=channels, out_channels=channels, text_dim=encoder.config.d_model, **model.transformer
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=model.video_shift)
+    return UniViGUPipeline(tokenizer, encoder, transformer, vae, scheduler, **model.pipeline)
+
+
+def as_wan(pipeline: UniViGUPipeline) -> WanPipeline:
+    """The generator without its captions, as what it is weight for weight: a Wan pipeline."""
+    ours = pipeline.transformer
+    keys = WanTransformer3DModel._get_init_keys(WanTransformer3DModel)
+    transformer = WanTransformer3DModel(**{name: value for name, value in ours.config.items() if name in keys})
+    shared = {name: value for name, value in ours.state_dict().items() if not is_token_branch(name)}
+    transformer.load_state_dict(shared)
+    return WanPipeline(
+        pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.scheduler, transformer=transformer
+    )
+
+
+def save_whole(save: Callable[[Path], None], folder: Path) -> None:
+    """Write a folder under another name first: whoever reads `folder` finds the old one or the new one, whole."""
+    partial, old = (folder.with_name(f".{word}-{folder.name}") for word in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save(partial)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def open_data(settings: dict[str, Any], pipeline: UniViGUPipeline) -> StageData:
+    """What a stage learns from. `kind: toybox` reads the cache of the toy world."""
+    from training.config import build_config
+    from training.toybox.dataset import ToyDataConfig, open_toybox
+
+    kind = settings.get("kind")
+    if kind != "toybox":
+        raise ValueError(f"data.kind must be toybox, not {kind!r}.")
+    rest = {key: value for key, value in settings.items() if key != "kind"}
+    return open_toybox(build_config(ToyDataConfig, rest, "data."), pipeline)
