@@ -1,0 +1,113 @@
+"""The stages one after another on a tiny toy world: what each starts from, trains and leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from toy import make_world, stage_run
+
+from training.stages import build_stage, is_token_branch
+from training.toybox.publish import publish
+from training.trainer import train
+from univigu import UniViGUPipeline
+from univigu.weights import load
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def run(config) -> list[dict]:
+    """Train, and give back the log."""
+    assert train(build_stage(config), config.run, config.optim, config) == 0
+    return [json.loads(line) for line in Path(config.run.folder, "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def generator(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "pretrain"
+    run(stage_run(world, "pretrain", folder))
+    return folder / "weights"
+
+
+@pytest.fixture(scope="module")
+def recalled(world, generator, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "recall"
+    run(stage_run(world, "recall", folder, generator))
+    return folder / "weights"
+
+
+def test_pretraining_leaves_a_wan_pipeline(world, generator):
+    pipeline = WanPipeline.from_pretrained(generator)
+    assert pipeline.transformer.config.in_channels == 8
+    encoder = build_stage(stage_run(world, "pretrain", Path("unused"))).pipeline.text_encoder
+    changed = [
+        not torch.equal(a, b) for a, b in zip(encoder.parameters(), pipeline.text_encoder.parameters(), strict=True)
+    ]
+    assert all(changed)  # the prompt encoder is trained in this stage
+
+
+def test_recall_starts_from_the_generator_and_freezes_its_prompt_encoder(world, generator, recalled):
+    before, after = WanPipeline.from_pretrained(generator), UniViGUPipeline.from_pretrained(recalled)
+    stage = build_stage(stage_run(world, "recall", Path("unused"), generator))
+    for name, tensor in before.transformer.state_dict().items():
+        assert torch.equal(tensor, stage.pipeline.transformer.state_dict()[name]), name
+    for a, b in zip(before.text_encoder.parameters(), after.text_encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(before.transformer.proj_out.weight, after.transformer.proj_out.weight)
+    assert after.token_scheduler.config.shift == 1.4 and after.config.prompt_as_tokens
+
+
+def test_recall_from_scratch_has_new_weights_and_the_old_prompt_encoder(world, generator):
+    known = build_stage(stage_run(world, "recall", Path("unused"), generator)).pipeline
+    new = build_stage(stage_run(world, "recall", Path("unused"), generator, stage={"from_scratch": True})).pipeline
+    assert new.transformer.config == known.transformer.config
+    assert not torch.equal(new.transformer.proj_out.weight, known.transformer.proj_out.weight)
+    assert torch.equal(new.text_encoder.shared.weight, known.text_encoder.shared.weight)
+
+
+def test_token_branch_alone_leaves_the_generator_as_it_is_bit_for_bit(world, recalled, tmp_path):
+    run(stage_run(world, "refine", tmp_path / "run", recalled, stage={"trained": "token_branch"}))
+    before = UniViGUPipeline.from_pretrained(recalled).transformer.state_dict()
+    after = UniViGUPipeline.from_pretrained(tmp_path / "run/weights").transformer.state_dict()
+    for name in before:
+        assert torch.equal(before[name], after[name]) != is_token_branch(name), name
+
+
+def test_refined_model_is_published_in_small_files_that_the_application_loads(world, recalled, tmp_path):
+    log = run(stage_run(world, "refine", tmp_path / "run", recalled, run={"validate_every": 2}))
+    figures = {key for line in log for key in line}
+    assert {"validation/seen_attributes", "validation/grammatical", "validation/shown_whole"} <= figures
+    assert {"validation/text_at_1_0.5", "text_understand", "video_generate", "text_joint"} <= figures
+    assert list((tmp_path / "run/samples").glob("*.png"))
+    publish(tmp_path / "run/weights", tmp_path / "toybox")
+    pipeline = load(tmp_path / "toybox", device="cpu")
+    assert pipeline.previewer is not None and pipeline.transformer.dtype == torch.float32
+    out = pipeline.joint("a red ball over the sea", num_inference_steps=2, seed=0)
+    assert out.frames.shape == (17, 64, 64, 3)
+    assert max(path.stat().st_size for path in (tmp_path / "toybox").rglob("*.safetensors")) < 10_000_000
+
+
+def test_a_stage_without_its_start_says_so(world, tmp_path):
+    with pytest.raises(ValueError, match=r"stage.start is empty: name the generator"):
+        build_stage(stage_run(world, "recall", tmp_path))
+    with pytest.raises(ValueError, match=r"model.vae names no autoencoder"):
+        build_stage(stage_run(world, "pretrain", tmp_path, model={"vae": str(tmp_path)}))
+
+
+def test_an_interrupted_export_leaves_the_old_one(world, recalled):
+    from training.stages import save_whole
+
+    def breaks(folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("disk full")
+
+    before = sorted(recalled.rglob("*"))
+    with pytest.raises(OSError):
+        save_whole(breaks, recalled)
+    assert sorted(recalled.rglob("*")) == before

@@ -1,0 +1,297 @@
+"""The toy world as training sees it: clips encoded once, words drawn anew at every visit.
+
+Scenes are numbered and repeatable, so a cache holds nothing but latents: shards of safetensors that say which world and
+which autoencoder made them. Several processes may fill a cache at once and any of them may die. It knows the form of a
+batch (`training.objective`) and nothing of what is learned from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from training.ledger import locked, replacing
+from training.stages import StageData
+from training.toybox.captions import CAPTION_TOKENS, caption
+from training.toybox.prompts import PROMPT_TOKENS, brief
+from training.toybox.render import render
+from training.toybox.scenes import SPLITS, scene_at
+from training.vae import encode_clip, to_tensor
+from univigu import UniViGUPipeline
+
+_BATCH = 8
+
+
+@dataclass
+class ToyDataConfig:
+    cache: str = "cache/toybox"
+    seed: int = 0  # of the order of clips and the wording of texts; that of the scenes is the cache's
+    validation_clips: int = 64  # to caption
+    validation_prompts: int = 8  # to show; the oracle needs a second for each clip
+
+
+@cache
+def world_version() -> str:
+    """A fingerprint of how scenes are drawn and look, from a few of them."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for index in range(6):
+            scene = scene_at(0, index, split)
+            digest.update(repr(scene).encode() + render(scene).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def vae_version(folder: str | Path) -> str:
+    """A fingerprint of an autoencoder's weights and latent statistics."""
+    folder, digest = Path(folder), hashlib.sha256()
+    config = _read_json(folder / "config.json")
+    digest.update(json.dumps({key: config[key] for key in sorted(config) if not key.startswith("_")}).encode())
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"'{folder}' holds no weights of an autoencoder (*.safetensors).")
+    for path in weights:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- writing a cache ----
+
+
+def encode(vae: AutoencoderKLWan, clips: np.ndarray) -> torch.Tensor:
+    """Normalised latents (B, C, F, H, W) of uint8 clips (B, F, H, W, 3), as the pipeline makes them."""
+    shape = (1, -1, 1, 1, 1)
+    mean, std = (torch.tensor(values).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        latents = encode_clip(vae, to_tensor(clips).to(vae.dtype)).chunk(2, dim=1)[0].float()
+    return (latents - mean) / std
+
+
+def fill_cache(
+    vae_folder: Path,
+    target: Path,
+    counts: dict[str, int],
+    seed: int = 0,
+    processes: int = 1,
+    shard_clips: int = 512,
+) -> None:
+    """Encode the first scenes of every split, as many as `counts` says; shards that are there stay."""
+    settings = {"world": world_version(), "vae": vae_version(vae_folder), "seed": seed, "shard": shard_clips}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The cache's folder '{target}' cannot be made: {error.strerror}.") from None
+    with locked(target / ".lock", wait=False):
+        if not (target / "settings.json").is_file():
+            with replacing(target / "settings.json", target / ".settings.partial") as partial:
+                partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _check_settings(target, settings)
+        for leftover in target.glob(".*.partial"):
+            leftover.unlink()
+        jobs = []
+        for split in sorted(counts):  # held_out first: it is small, and no run starts without it
+            for start in range(0, counts[split], shard_clips):
+                path = target / f"{split}-{start:07d}.safetensors"
+                if not path.exists():
+                    jobs.append((path, split, range(start, min(start + shard_clips, counts[split])), settings))
+        began, made = time.monotonic(), 0
+        if processes == 1:
+            _start_encoder(vae_folder)
+            done = map(_write_shard, jobs)
+            pool = nullcontext()
+        else:
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(processes, spawn, _start_encoder, (vae_folder,))
+            done = pool.map(_write_shard, jobs)
+        with pool:
+            for number, (path, _, clips, _) in enumerate(jobs, 1):
+                next(done)
+                made += len(clips)
+                rate = made / (time.monotonic() - began)
+                print(f"{path.name} ({number} of {len(jobs)}), {rate:.1f} clips a second", flush=True)
+
+
+_encoder: AutoencoderKLWan  # of this process
+
+
+def _start_encoder(vae_folder: Path) -> None:
+    global _encoder
+    _encoder = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=torch.float32).eval()
+    for layer in _encoder.modules():
+        if isinstance(layer, torch.nn.Conv3d):  # several times faster on CPUs
+            layer.to(memory_format=torch.channels_last_3d)
+
+
+def _write_shard(job: tuple[Path, str, range, dict]) -> None:
+    path, split, clips, settings = job
+    parts = []
+    for start in range(clips.start, clips.stop, _BATCH):
+        frames = [render(scene_at(settings["seed"], i, split)) for i in range(start, min(start + _BATCH, clips.stop))]
+        parts.append(encode(_encoder, np.stack(frames)).half())
+    latents = torch.cat(parts)
+    if not torch.isfinite(latents).all():
+        raise ValueError("The autoencoder gives latents that are not finite: its training has failed.")
+    metadata = {**settings, "split": split, "start": clips.start, "crc32": _checksum(latents)}
+    with replacing(path, path.with_name(f".{path.stem}.partial")) as partial:
+        try:
+            save_file({"latents": latents}, partial, {key: str(value) for key, value in metadata.items()})
+        except SafetensorError as error:  # what a full disk looks like from there
+            raise ValueError(f"'{path}' cannot be written: {' '.join(str(error).split())}.") from None
+
+
+def _checksum(latents: torch.Tensor) -> int:
+    return zlib.crc32(latents.numpy().tobytes())
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"'{path}' is missing: '{path.parent}' is not what it should be.") from None
+    except ValueError:
+        raise ValueError(f"'{path}' is damaged: it is not JSON.") from None
+
+
+def _check_settings(folder: Path, wanted: dict) -> None:
+    found = _read_json(folder / "settings.json")
+    what = {
+        "world": "another version of the toy world",
+        "vae": "another autoencoder",
+        "seed": "another seed",
+        "shard": "another shard size",
+    }
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"The latents in '{folder}' were made with {what[key]} ({found.get(key)}, not {value}): "
+                "give the one they were made with, or another folder for the cache."
+            )
+
+
+# ---- reading one ----
+
+
+class LatentCache:
+    """The latents of one split, (clips, C, F, H, W) in half precision, mapped from the disk."""
+
+    def __init__(self, folder: Path, split: str):
+        self.settings = _read_json(folder / "settings.json")
+        self.shards: list[torch.Tensor] = []
+        for path in sorted(folder.glob(f"{split}-*.safetensors")):
+            self.shards.append(self._open(path, split, len(self)))
+        if not self.shards:
+            raise ValueError(
+                f"The cache '{folder}' holds no {split} clips: fill it with python -m training toybox-cache."
+            )
+
+    def _open(self, path: Path, split: str, start: int) -> torch.Tensor:
+        again = "remove it and run python -m training toybox-cache again"
+        try:
+            with safe_open(path, "pt") as file:
+                latents, metadata = file.get_tensor("latents"), file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"The shard '{path}' is damaged ({' '.join(str(error).split())}): {again}.") from None
+        wanted = {**self.settings, "split": split, "start": start}
+        for key, value in wanted.items():
+            if metadata.get(key) != str(value):
+                raise ValueError(
+                    f"The shard '{path}' does not belong there (its {key} is {metadata.get(key)} instead of {value}): "
+                    f"{again}."
+                )
+        if metadata["crc32"] != str(_checksum(latents)):
+            raise ValueError(f"The shard '{path}' is damaged (its checksum is wrong): {again}.")
+        return latents
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        shard, inside = divmod(index, self.settings["shard"])
+        return self.shards[shard][inside]
+
+
+class ToyLatents(Dataset):
+    """Cached clips with words of the moment; item i is the same whenever it is asked for.
+
+    Endless when shuffled: every clip comes once in each round, in an order of its own.
+    """
+
+    def __init__(
+        self, latents: LatentCache, split: str, seed: int, tokenizer, shuffled: bool, count: int | None = None
+    ):
+        self.latents, self.split, self.seed, self.tokenizer, self.shuffled = latents, split, seed, tokenizer, shuffled
+        self.count = 2**62 if shuffled else min(count or len(latents), len(latents))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def scene_index(self, position: int) -> int:
+        if not self.shuffled:
+            return position
+        around, inside = divmod(position, len(self.latents))
+        return int(_order(self.seed, around, len(self.latents))[inside])
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        index = self.scene_index(position)
+        scene = _scene(self.latents.settings["seed"], index, self.split)
+        rng = np.random.default_rng([self.seed, position, zlib.crc32(self.split.encode())])
+        detailed, prompt = (self.tokenizer(text(scene, rng)).input_ids for text in (caption, brief))
+        padded = prompt + [self.tokenizer.pad_token_id] * (PROMPT_TOKENS - len(prompt))
+        return {
+            "latents": self.latents[index],
+            "caption_ids": torch.tensor(fill(detailed, self.tokenizer)),
+            "prompt_ids": torch.tensor(fill(prompt, self.tokenizer)),
+            "prompt_encoder_ids": torch.tensor(padded),
+            "prompt_encoder_mask": torch.tensor([1] * len(prompt) + [0] * (PROMPT_TOKENS - len(prompt))),
+            "position": torch.tensor(position),
+        }
+
+
+def fill(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end with EOS, filled with EOS to the length of the caption stream."""
+    return ids + [tokenizer.eos_token_id] * (CAPTION_TOKENS - len(ids))
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, around: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, around]).permutation(count)
+
+
+_scene = lru_cache(maxsize=100_000)(scene_at)  # placing actors takes longer than all the rest of an item
+
+
+def open_toybox(config: ToyDataConfig, pipeline: UniViGUPipeline) -> StageData:
+    """Training and validation clips for a pipeline whose autoencoder made them."""
+    from training.toybox.probe import ToyProbe
+
+    folder, tokenizer = Path(config.cache), pipeline.tokenizer
+    train, held_out = (LatentCache(folder, split) for split in SPLITS)
+    _check_settings(folder, {"world": world_version()})
+    example = encode(pipeline.vae.float(), render(scene_at(train.settings["seed"], 0, "train"))[None])[0]
+    if (example - train[0].float()).abs().max() > 0.05:
+        raise ValueError(
+            f"The latents in '{folder}' were made by another autoencoder than the model's: give the model's own cache, "
+            "or fill a new one with python -m training toybox-cache."
+        )
+    empty = tokenizer("", padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt")
+    return StageData(
+        train=ToyLatents(train, "train", config.seed, tokenizer, shuffled=True),
+        held_out=ToyLatents(held_out, "held_out", config.seed, tokenizer, False, config.validation_clips),
+        empty_prompt=(empty.input_ids[0], empty.attention_mask[0]),
+        probe=ToyProbe(held_out, config.validation_clips, config.validation_prompts),
+    )

@@ -1,0 +1,40 @@
+"""From a finished run to the folder that the repository carries: previews, the model's own settings, small files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.stages import save_whole
+from training.toybox.render import render
+from training.toybox.scenes import scene_at
+from training.vae import to_tensor
+from univigu import UniViGUPipeline
+
+_PREVIEW_CLIPS = 256
+_SHARD = "9MB"  # files in the repository stay under 10 MB
+_TOTAL = 60_000_000
+
+
+def publish(source: Path, target: Path) -> None:
+    """Store a trained pipeline in half precision, with the linear preview fitted on clips of the world."""
+    if not (source / "model_index.json").is_file():
+        raise ValueError(f"'{source}' holds no pipeline: give the weights folder of a finished run.")
+    pipeline = UniViGUPipeline.from_pretrained(source)
+    clips = np.stack([render(scene_at(0, index, "train")) for index in range(_PREVIEW_CLIPS)])
+    pipeline.fit_previewer(to_tensor(clips))
+    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae, pipeline.previewer):
+        for name, parameter in part.named_parameters():
+            if not torch.isfinite(parameter.half()).all():
+                raise ValueError(f"{name} has values that half precision cannot hold.")
+        part.half()
+    save_whole(lambda folder: pipeline.save_pretrained(folder, max_shard_size=_SHARD), target)
+    sizes = {path: path.stat().st_size for path in target.rglob("*") if path.is_file()}
+    largest = max(sizes, key=sizes.get)
+    print(
+        f"{target}: {sum(sizes.values()) / 1e6:.1f} MB in {len(sizes)} files, the largest {sizes[largest] / 1e6:.1f}."
+    )
+    if sizes[largest] >= 10_000_000 or sum(sizes.values()) >= _TOTAL:
+        raise ValueError(f"'{target}' is too large for the repository: {largest.name} or all files together.")
