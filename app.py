@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from pathlib import Path
 
 with contextlib.suppress(ImportError):
     import spaces  # noqa: F401  before torch: on ZeroGPU it stands in for CUDA
 
-from univigu.ui.page import build, launch_options
+from univigu.ui.page import EXAMPLES, build, launch_options
 
 
 def main() -> None:
@@ -26,9 +27,15 @@ def main() -> None:
     options.add_argument("--device", help="cpu, cuda, cuda:1 …; a GPU where there is one, if not given")
     options.add_argument("--host", help="address to listen on; 0.0.0.0 for other machines, 127.0.0.1 if not given")
     options.add_argument("--port", type=int, help="port to listen on; a free one from 7860 up, if not given")
+    options.add_argument(
+        "--examples",
+        type=Path,
+        default=EXAMPLES,
+        help="folder of clips to offer, and of saved runs to show before the first: generate.json, joint.json …",
+    )
     given = options.parse_args()
     try:
-        demo = build(given.model, given.device)
+        demo = build(given.model, given.device, given.examples)
     except ValueError as error:
         raise SystemExit(f"{error}") from None
     demo.launch(server_name=given.host, server_port=given.port, **launch_options())

@@ -6,11 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from univigu import UniViGUPipeline
+from univigu.video import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "univigu"))
@@ -18,6 +24,11 @@ sys.path.insert(0, str(ROOT / "tests" / "univigu"))
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 OPTIONS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
 QUIET = [f"--{option}" for option in (*OPTIONS, "disable-component-update", "disable-sync")]
+# How long anything may take on a machine that is busy with other things.
+PATIENCE = 120_000
+TASKS = ("generate", "understand", "joint")
+
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -28,68 +39,114 @@ def browser():
             pytest.fail(reason)
         pytest.skip(reason)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=PATIENCE)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> str:
-    """The embedded model where it is installed, else one of random weights."""
-    if (ROOT / "assets" / "toybox" / "model_index.json").is_file():
-        return "toybox"
+def model(browser, tmp_path_factory) -> str:
+    """The embedded model where it is installed, else one of random weights that makes clips of the same size."""
+    embedded = ROOT / "assets" / "toybox"
+    if (embedded / "model_index.json").is_file():
+        return str(embedded)
     from serving import tiny_model
 
-    return tiny_model(tmp_path_factory.mktemp("model"))
+    size = {"default_num_frames": 17, "default_height": 64, "default_width": 64}
+    return tiny_model(tmp_path_factory.mktemp("model"), **size)
 
 
 @pytest.fixture(scope="session")
-def app(model, tmp_path_factory):
-    """The address of `python app.py`."""
+def clip(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    write_video(path, np.stack([np.full((64, 64, 3), 12 * index, np.uint8) for index in range(17)]), 8)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def examples(model, clip, tmp_path_factory) -> Path:
+    """What the page shows before anything was run: a saved run for each tab, and a clip to understand."""
+    folder = tmp_path_factory.mktemp("examples")
+    pipe = UniViGUPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    for task in TASKS:
+        prompt, video = ("", clip) if task == "understand" else (f"a red ball for {task}", None)
+        run = pipe(task, prompt, video, num_inference_steps=4, seed=1, keep_trajectory=True)
+        run.trajectory.save(folder / f"{task}.json")
+    shutil.copy(clip, folder / "getting-brighter.mp4")
+    return folder
+
+
+@contextmanager
+def running_app(model: str, examples: Path, files: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`python app.py`: its address and its process."""
     offline = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "127.0.0.1,localhost"}
-    offline["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
+    given = ["--model", model, "--device", "cpu", "--host", "127.0.0.1", "--examples", str(examples)]
     process = subprocess.Popen(
-        [sys.executable, "-u", "app.py", "--model", model, "--device", "cpu", "--host", "127.0.0.1"],
+        [sys.executable, "-u", "app.py", *given],
         cwd=ROOT,
-        env={**os.environ, **offline},
+        env={**os.environ, **offline, "GRADIO_TEMP_DIR": str(files)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    for line in process.stdout:
-        if "Running on local URL" in line:
-            yield line.split()[-1]
-            break
-    else:
-        pytest.fail(f"python app.py ended with {process.wait()} before it served a page")
-    process.terminate()
-    process.wait(timeout=30)
+    try:
+        for line in process.stdout:
+            if "Running on local URL" in line:
+                yield line.split()[-1], process
+                return
+        raise RuntimeError(f"python app.py ended with {process.wait()} before it served a page")
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
-@pytest.fixture
-def watch():
+@pytest.fixture(scope="session")
+def app(model, examples, tmp_path_factory):
+    """The address of the running app."""
+    with running_app(model, examples, tmp_path_factory.mktemp("gradio")) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="session")
+def problems() -> list[str]:
+    return []
+
+
+@pytest.fixture(autouse=True)
+def no_problems(problems):
+    """Every watched page stays free of errors and asks nobody but the app."""
+    yield
+    found = problems[:]
+    problems.clear()
+    assert found == []
+
+
+@pytest.fixture(scope="session")
+def watch(problems):
     """Watch a page from its first request on."""
-    problems = []
+
+    def elsewhere(url: str) -> bool:
+        parts = urlsplit(url)
+        return parts.scheme not in ("data", "blob", "file") and parts.hostname != "127.0.0.1"
 
     def start(page: Page) -> Page:
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: problems.append(request.url) if elsewhere(request.url) else None)
+        page.set_default_timeout(PATIENCE)
         return page
 
-    yield start
-    assert problems == []
-
-
-def elsewhere(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme not in ("data", "blob", "file") and parts.hostname != "127.0.0.1"
+    return start
 
 
 @pytest.fixture(scope="session")
 def context(browser: Browser):
-    """One profile for most tests: Gradio's files are fetched once."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    """One profile for most tests: Gradio's files are fetched once. Nothing moves by itself in it, which is what
+    `prefers-reduced-motion` asks for and what saves a busy machine the most work."""
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, accept_downloads=True, reduced_motion="reduce"
+    )
     yield context
     context.close()
 

@@ -10,11 +10,15 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 import base64
 import json
 import urllib.request
+from fractions import Fraction
 from pathlib import Path
 
 import av
+import gradio
 import numpy as np
 import pytest
+import yaml
+from diffusers.configuration_utils import FrozenDict
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from serving import served, tiny_model
@@ -22,7 +26,9 @@ from serving import served, tiny_model
 from univigu.trajectory import page
 from univigu.ui import models, tab, view
 from univigu.ui.runs import KEPT_RUNS, Ask, Runs
-from univigu.video import write_gif, write_video
+from univigu.video import probe, write_gif, write_video
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +145,27 @@ def test_clips_that_are_refused(client, clip, tmp_path):
         assert path.name in sentence and "Traceback" not in sentence and sentence.count("\n") == 0, sentence
 
 
+def two_hours(path: Path) -> None:
+    """One small picture every ten seconds."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=1)
+        stream.width = stream.height = 64
+        stream.codec_context.time_base = Fraction(1, 1)
+        for second in range(0, 7200, 10):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), second // 30, np.uint8))
+            frame.pts, frame.time_base = second, Fraction(1, 1)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
 def test_unusual_clips_that_are_taken(client, tmp_path):
     large = np.zeros((5, 2160, 3840, 3), np.uint8)
     write_video(tmp_path / "large.mp4", large, 8)
+    two_hours(tmp_path / "long.mp4")
+    assert probe(tmp_path / "long.mp4").duration > 7000
     write_gif(tmp_path / "moving.gif", large[:, :64, :64], 8)
     write_video(tmp_path / "still.mp4", large[:1, :64, :64], 8)
-    for name in ("large.mp4", "moving.gif", "still.mp4"):
+    for name in ("large.mp4", "long.mp4", "moving.gif", "still.mp4"):
         text, _ = client.predict(handle_file(str(tmp_path / name)), steps=1, api_name="/understand")
         assert isinstance(text, str)
 
@@ -163,6 +184,75 @@ def test_a_cancelled_run_stops_working(client):
     # the next run only gets a turn to finish if the model is not held any longer
     assert client.predict("a blue boat", steps=2, api_name="/joint")[2]["index"] == 1
     assert len(job.outputs()) < 100
+
+
+def test_a_file_over_the_limit_is_refused(client, tmp_path):
+    with (tmp_path / "huge.mp4").open("wb") as file:
+        file.truncate(21 * 2**20)
+    with pytest.raises(Exception, match=r"(?i)size|large|413"):
+        client.predict(handle_file(str(tmp_path / "huge.mp4")), api_name="/understand")
+
+
+def test_a_page_that_is_closed_frees_its_work(client, model):
+    taken = []
+    hook = models.pipeline(model).transformer.register_forward_hook(lambda *_: taken.append(1))
+    client.predict("a red ball", steps=10, api_name="/joint")
+    each = len(taken) / 10
+    taken.clear()
+    address = client.src.rstrip("/") + "/gradio_api/queue/"
+    event = next(e for e in client.config["dependencies"] if e["api_name"] == "joint")
+    wish = {"data": ["a red ball", "", 100, 2.0, "together", 1, False], "fn_index": event["id"], "session_hash": "page"}
+    request = urllib.request.Request(address + "join", json.dumps(wish).encode(), {"Content-Type": "application/json"})
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(address + "data?session_hash=page") as stream:
+        next(line for line in stream if b"process_generating" in line)
+    # Runs take turns, so a run that went on would have its hundred steps done when this one has.
+    client.predict("a blue boat", steps=100, api_name="/joint")
+    hook.remove()
+    assert 100 * each < len(taken) < 190 * each
+
+
+def test_a_saved_run_is_there_before_the_first_one(model, clip, tmp_path):
+    pipe = models.prepare(model, "cpu")
+    pipe.understand(clip, num_inference_steps=3, seed=1, keep_trajectory=True).trajectory.save(
+        tmp_path / "understand.json"
+    )
+    with served(model, tmp_path) as url:
+        components = json.load(urllib.request.urlopen(url + "config"))["components"]
+    values = {c["props"].get("elem_id"): c["props"].get("value") for c in components if c["type"] == "html"}
+    assert values["understand-view"] == {"run": "example-understand", "event": "example"}
+    assert values["joint-view"] is None
+
+
+def test_the_readme_is_a_space_card():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    card = yaml.safe_load(text.split("---")[1])
+    assert card["sdk"] == "gradio" and card["sdk_version"] == gradio.__version__
+    assert f"gradio=={gradio.__version__}" in (ROOT / "requirements.txt").read_text().splitlines()
+    assert (ROOT / card["app_file"]).is_file()
+    assert card["python_version"] in ("3.12.12", "3.10.13")
+    assert len(card["short_description"]) <= 60
+    assert {card["colorFrom"], card["colorTo"]} <= {
+        "red",
+        "yellow",
+        "green",
+        "blue",
+        "indigo",
+        "purple",
+        "pink",
+        "gray",
+    }
+
+
+def test_a_clip_larger_than_the_model_makes_is_refused(model):
+    config = models.pipeline(model).config
+    assert tab.clip_size({}, config) == tab.clip_size({"num_frames": 9}, config) == [9, 32, 32]
+    with pytest.raises(gradio.Error, match="and no others"):
+        tab.clip_size({"num_frames": 100_001}, config)
+    free = FrozenDict({**config, "default_height": 480, "default_width": 832})
+    assert tab.clip_size({"num_frames": 17}, free) == [17, 480, 832]
+    with pytest.raises(gradio.Error, match="more than this app makes"):
+        tab.clip_size({"num_frames": 100_001}, free)
 
 
 # ---------------------------------------------------------------------------------------- runs, branches, closer looks

@@ -19,15 +19,16 @@ TITLE = """<div class="app-title"><h1>Uni-ViGU</h1>
 Run it, then drag the slider to see how each shaped the other.</p></div>"""
 
 
-def build(model_name: str, device: str | None = None) -> gr.Blocks:
-    """The app, with its first model loaded."""
+def build(model_name: str, device: str | None = None, examples: Path = EXAMPLES) -> gr.Blocks:
+    """The app, with its first model loaded. `examples` holds clips to offer and, for each task, a saved run to show
+    before anything was run (`python -m univigu joint … --save-trajectory assets/examples/joint.json`)."""
     config = models.prepare(model_name, device).config
     runs = Runs()
     for task in ("generate", "understand", "joint"):
-        saved = EXAMPLES / f"{task}.json"
+        saved = examples / f"{task}.json"
         if saved.is_file():
             runs.add_example(task, read_messages(saved.read_text(encoding="utf-8")))
-    gr.set_static_paths([EXAMPLES])
+    gr.set_static_paths([examples])
 
     with gr.Blocks(title="Uni-ViGU", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(TITLE)
@@ -36,7 +37,7 @@ def build(model_name: str, device: str | None = None) -> gr.Blocks:
             with gr.Tab("Generate", id="generate"):
                 fields = {"generate": generate.build(runs, model, config)}
             with gr.Tab("Understand", id="understand"):
-                clips = sorted(path for path in EXAMPLES.glob("*.mp4"))
+                clips = sorted(path for path in examples.glob("*.mp4"))
                 fields["understand"] = understand.build(runs, model, config, clips)
             with gr.Tab("Joint", id="joint"):
                 fields["joint"] = joint.build(runs, model, config)

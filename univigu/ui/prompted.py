@@ -31,8 +31,11 @@ def prompted_tab(task: str, runs: Runs, model: gr.State, config, examples: list[
     names = [name for name in fields if name != "size"]
 
     def begin(model: str, prompt: str, *values) -> Ask:
-        prompt = tab.checked_prompt(prompt, models.pipeline(model))
-        return tab.make_ask(task, model, dict(zip(names, values, strict=True)), prompt=prompt)
+        pipe = models.pipeline(model)
+        prompt = tab.checked_prompt(prompt, pipe)
+        options = dict(zip(names, values, strict=True))
+        tab.clip_size(options, pipe.config)
+        return tab.make_ask(task, model, options, prompt=prompt)
 
     inputs = [model, prompt, *(fields[name] for name in names)]
     picked = chosen.click(lambda sample: sample[0], chosen, prompt, queue=False, show_progress="hidden", **tab.PRIVATE)

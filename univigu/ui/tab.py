@@ -6,6 +6,7 @@ and streams one small message a step. A ticket, the run's id, links the two.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from univigu.ui.runs import Ask, Runs
 
 MAX_PROMPT_LETTERS = 10_000
 MAX_STEPS = 100
+LARGEST = 4  # a clip may have this many times the pixels of a model's own, so that no visitor takes all the memory
 ORDER_NAMES = {"together": "together", "video_first": "clip first", "text_first": "caption first"}
 SCHEDULER_NAMES = ("Euler", "UniPC", "DPM-Solver++")
 # Runs wait in one line; two at a time take turns step by step, so that a short one need not wait for a long one.
@@ -77,6 +79,18 @@ def checked_prompt(prompt: str | None, pipe: Any = None) -> str:
     if pipe is not None and (cut := pipe.cut_from_prompt(prompt)):
         gr.Info(f"The prompt is longer than the model reads; it will not see the end, from “{cut[:40]}…” on.")
     return prompt
+
+
+def clip_size(values: dict[str, Any], config: Any) -> list[int]:
+    """Frames, height and width that the fields ask for; links and clients may ask for more than the fields offer."""
+    names = ("num_frames", "height", "width")
+    default = [config[f"default_{name}"] for name in names]
+    size = [values.get(name) or value for name, value in zip(names, default, strict=True)]
+    if size != default and not sizes_are_free(config):
+        raise refusal("This model makes clips of {} frames, {} x {} pixels, and no others.".format(*default))
+    if math.prod(size) > LARGEST * math.prod(default):
+        raise refusal(f"A clip of {size[0]} frames, {size[1]} x {size[2]} pixels, is more than this app makes at once.")
+    return size
 
 
 def make_ask(task: str, model: str, values: dict[str, Any], **more: Any) -> Ask:

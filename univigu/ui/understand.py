@@ -55,7 +55,7 @@ def build(runs: Runs, model: gr.State, config, clips: list[Path]) -> dict:
             raise tab.refusal("Please choose a clip first: drop a file, record one, or pick an example.")
         config = models.pipeline(model).config
         options = dict(zip(names, values, strict=True))
-        size = [options.get(name) or config[f"default_{name}"] for name in ("num_frames", "height", "width")]
+        size = tab.clip_size(options, config)
         try:
             info = probe(path)
             frames = read_video(path, *size, start=first or 0, end=last).frames
