@@ -22,7 +22,7 @@ Config = TypeVar("Config")
 
 @dataclass
 class OptimConfig:
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "adamw8bit"] = "adamw"  # adamw8bit keeps its moments in 8 bits (bitsandbytes)
     lr: float = 2e-4
     matrix_lr: float = 2e-3  # of weight matrices under muon
     betas: tuple[float, float] = (0.9, 0.95)  # section 4.1
@@ -31,7 +31,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine"] = "cosine"
     final_lr_share: float = 0.05  # where the cosine ends, as a share of lr
     grad_clip: float = 1.0
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = 1  # micro-batches per step in each process
 
 
 @dataclass
@@ -41,6 +41,9 @@ class RunConfig:
     batch_size: int = 16  # of one micro-batch in one process
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    fsdp: bool = False  # of several processes, each keeps its share of the weights only (FSDP2)
+    checkpointing: bool = False  # recompute each block in the backward pass instead of keeping what it computed
+    compile: bool = False  # the blocks, through torch.compile
     ema_decay: float = 0.999
     workers: int = 1  # processes that prepare batches; 0 prepares them in the training process
     log_every: int = 10

@@ -5,17 +5,20 @@ progress. The trainer owns everything else: processes and precision (accelerate)
 the weights, checkpoints, validation times and logs. It knows nothing of video, text or flows.
 
 A batch is a pure function of its position, and so is the noise drawn for it, so a run that resumes is the run that was
-never stopped, bit for bit.
+never stopped, bit for bit. Positions count micro-batches, whoever computes them: a run may go on with another number of
+processes, and differs from before by rounding alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,11 +29,14 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from training.config import OptimConfig, RunConfig, config_to_dict
 from training.muon import Muon
+from training.sharded import load_state, local, save_state, shard, whole, whole_weights
 
 STOPPED_BY_SIGNAL = 130
 _PARTIAL = ".partial-"
@@ -39,7 +45,9 @@ _PARTIAL = ".partial-"
 class Objective(Protocol):
     """What the trainer needs to know; the object is also a torch module."""
 
-    train_data: Dataset  # an endless list: item i is example i, whatever was read before
+    # An endless list: item i is example i, whatever was read before. With `gives_batches` it is micro-batch i, and the
+    # trainer sets its `micro_batches`, their number in a step.
+    train_data: Dataset
 
     def __call__(self, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch and figures to log."""
@@ -61,6 +69,8 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    micro_batches: int = 0  # of a step, over all processes
+    average_steps: int = 0
 
 
 def train(objective: Any, run: RunConfig, optim: OptimConfig, settings: Any = None) -> int:
@@ -139,23 +149,33 @@ class _Run:
                 gradient_accumulation_steps=1,  # counted here, so that a checkpoint always falls between two steps
                 log_with=run.trackers or None,
                 project_dir=self.folder,
+                cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not find each other
             )
         except (ImportError, ValueError) as error:
             raise ValueError(f"run.trackers or run.mixed_precision cannot be used here: {error}") from None
         self.progress = Progress(settings=config_to_dict(settings) if settings is not None else {})
         torch.manual_seed(run.seed)
-        if optim.name == "muon":
-            optimizer = Muon(objective, optim.lr, optim.matrix_lr, optim.betas)
-        else:
-            parameters = [p for p in objective.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
         self.objective = objective
-        self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        for part in objective.modules():
+            if any(p.requires_grad for p in part.parameters()):
+                if run.checkpointing and getattr(part, "_supports_gradient_checkpointing", False):
+                    part.enable_gradient_checkpointing(_recomputed)
+                if run.compile and getattr(part, "_repeated_blocks", None):
+                    part.compile_repeated_blocks()
+        self.sharded = run.fsdp and self.accelerator.num_processes > 1
+        if self.sharded:
+            if run.mixed_precision == "fp16" or optim.name != "adamw":
+                raise ValueError("run.fsdp takes optim.name=adamw and run.mixed_precision bf16 or no.")
+            shard(objective, self.accelerator.device)
+            self.model, self.optimizer = objective, _optimizer(objective, optim)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(objective, _optimizer(objective, optim))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.average = EMAModel(self.parameters, decay=run.ema_decay, foreach=True)
-        self.accelerator.register_for_checkpointing(self.average)
+        self.average = EMAModel([local(p) for p in self.parameters], decay=run.ema_decay, foreach=True)
+        self.accumulate = optim.accumulate
         self.stop_signal: int | None = None
         self._resume()
+        self.progress.micro_batches = self.accumulate * self.accelerator.num_processes
 
     def until_done(self) -> int:
         run = self.run
@@ -198,22 +218,31 @@ class _Run:
         return 0 if self.stop_signal is None else STOPPED_BY_SIGNAL
 
     def _step(self, batches: Iterator[Any]) -> dict[str, torch.Tensor]:
-        step, accumulate = self.progress.step, self.optim.accumulate
+        step = self.progress.step
         share = learning_rate_share(step, self.run.steps, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = share * (self.optim.matrix_lr if group.get("matrix") else self.optim.lr)
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        generator = torch.Generator(device).manual_seed((self.run.seed * 1_000_003 + step) * 4096 + rank)
+        device, rank, world = (
+            self.accelerator.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        generator = torch.Generator(device)
         totals: dict[str, torch.Tensor] = {}
-        for micro in range(accumulate):
-            batch = _to_device(next(batches), device)
-            last = micro == accumulate - 1
-            with _nothing() if last else self.accelerator.no_sync(self.model):
+        for micro in range(self.accumulate):
+            seed = (self.run.seed * 1_000_003 + step) * 4096 + micro * world + rank
+            generator.manual_seed(seed)
+            torch.manual_seed(seed)  # for what draws without being given a generator
+            batch = _to_device(self._next(batches), device)
+            with self._reducing(micro == self.accumulate - 1):
                 loss, figures = self.model(batch, generator)
-                self.accelerator.backward(loss / accumulate)
+                self.accelerator.backward(loss / self.accumulate)
             for name, value in {"loss": loss, **figures}.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() / accumulate
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.optim.grad_clip)
+                totals[name] = totals.get(name, 0.0) + value.detach() / self.accumulate
+        if self.sharded:
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.grad_clip))
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.optim.grad_clip)
         if not torch.isfinite(norm):  # the norm is taken over all processes, so all of them stop
             kept = find_checkpoints(self.folder)
             raise ValueError(
@@ -223,19 +252,46 @@ class _Run:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.average.step(self.parameters)
+        self.average.step([local(p) for p in self.parameters])
         return {**totals, "gradient_norm": norm, "lr": torch.tensor(share * self.optim.lr)}
 
+    @contextlib.contextmanager
+    def _reducing(self, last: bool) -> Iterator[None]:
+        """A micro-batch's passes; the gradients of all processes are added up in the last one."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            with self.accelerator.autocast():
+                yield
+        elif last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        try:
+            return next(batches)
+        except ValueError as error:  # a worker's carries a traceback before its own last line
+            reason = str(error).strip().rpartition("\nValueError: ")[2]
+            kept = ""
+            if self.accelerator.num_processes == 1:
+                self.optimizer.zero_grad(set_to_none=True)
+                self._save()
+                kept = f" Step {self.progress.step} is saved, and a resumed run starts there."
+            raise ValueError(f"{reason}{kept}") from None
+
     def _batches(self) -> DataLoader:
-        workers, accumulate = self.run.workers, self.optim.accumulate
+        data, workers, per_step = self.objective.train_data, self.run.workers, self.progress.micro_batches
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        positions = _Positions(
-            self.progress.step * accumulate, self.run.steps * accumulate, self.run.batch_size, rank, world
-        )
+        whole_batches = getattr(data, "gives_batches", False)
+        if whole_batches:
+            data.micro_batches = per_step
+        size = 1 if whole_batches else self.run.batch_size
+        first, last = self.progress.step * self.accumulate, self.run.steps * self.accumulate
         return DataLoader(
-            self.objective.train_data,
-            batch_size=self.run.batch_size,
-            sampler=positions,
+            data,
+            batch_size=None if whole_batches else size,
+            sampler=_Positions(first, last, size, rank, world),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_start_worker if workers else None,
@@ -244,25 +300,53 @@ class _Run:
 
     def _look(self, bar: tqdm) -> None:
         """Validate, draw and export with the averaged weights, then put the trained ones back."""
-        self.average.store(self.parameters)
-        self.average.copy_to(self.parameters)
+        main = self.accelerator.is_main_process
         self.model.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng():
-                figures = self.objective.validate()
-                if self.accelerator.is_main_process:
-                    self._log({f"validation/{name}": value for name, value in figures.items()})
-                    bar.write(
-                        f"step {self.progress.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()),
-                        file=sys.stderr,
-                    )
-                    samples = self.folder / "samples"
-                    samples.mkdir(exist_ok=True)
-                    self.objective.draw_samples(samples, self.progress.step)
-                    self.objective.export(self.folder / "weights")
+            with self._averaged():
+                with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast(), self._gathered():
+                    figures = self.objective.validate()
+                    if main:
+                        self._log({f"validation/{name}": value for name, value in figures.items()})
+                        bar.write(
+                            f"step {self.progress.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()),
+                            file=sys.stderr,
+                        )
+                    with tempfile.TemporaryDirectory() as elsewhere:
+                        samples = self.folder / "samples" if main else Path(elsewhere)
+                        samples.mkdir(exist_ok=True)
+                        if main or self.sharded:  # of sharded weights, every process has to take every step
+                            self.objective.draw_samples(samples, self.progress.step)
+                with whole_weights(self.objective, main):
+                    if main:
+                        self.objective.export(self.folder / "weights")
         finally:
             self.model.train()
-            self.average.restore(self.parameters)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones."""
+        weights = [local(p).detach() for p in self.parameters]
+        trained = [weight.cpu().clone() for weight in weights]
+        try:
+            for weight, average in zip(weights, self.average.shadow_params, strict=True):
+                weight.copy_(average)
+            yield
+        finally:
+            for weight, before in zip(weights, trained, strict=True):
+                weight.copy_(before)
+
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Whole weights outside the blocks, which gather their own: validation does not go through `forward`."""
+        if self.sharded:
+            self.model.unshard()
+        try:
+            yield
+        finally:
+            if self.sharded:
+                self.model.reshard()
 
     def _save(self) -> None:
         """A checkpoint under a temporary name, flushed to the disk and then renamed: it is there whole or not at all."""  # noqa: E501
@@ -273,9 +357,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            self.accelerator.save_state(str(partial))
+            save_state(partial, self.objective, _bare(self.optimizer), self.average.shadow_params)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
+                self.progress.average_steps = self.average.optimization_step
                 (partial / "progress.json").write_text(json.dumps(vars(self.progress)))
                 files = sorted(p for p in partial.rglob("*") if p.is_file())
                 sizes = {str(p.relative_to(partial)): p.stat().st_size for p in files}
@@ -316,15 +401,35 @@ class _Run:
                 )
         if stored.step > self.run.steps:
             raise ValueError(f"{self.folder} already stands at step {stored.step}, beyond run.steps={self.run.steps}.")
+        self._share_work(stored.micro_batches)
         try:
-            self.accelerator.load_state(str(checkpoints[-1]))
-        except (RuntimeError, KeyError, ValueError) as error:
+            if (
+                checkpoints[-1] / "model.safetensors"
+            ).is_file():  # written by accelerate, before processes could differ
+                self.accelerator.register_for_checkpointing(self.average)
+                self.accelerator.load_state(str(checkpoints[-1]))
+                self.average.to(self.accelerator.device)
+            else:
+                load_state(checkpoints[-1], self.objective, _bare(self.optimizer), self.average.shadow_params)
+                self.average.optimization_step = stored.average_steps
+        except (RuntimeError, KeyError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{checkpoints[-1]} does not fit this run: {reason}") from None
-        self.average.to(self.accelerator.device)
+            raise ValueError(f"{checkpoints[-1]} does not fit this run: {reason}.") from None
         self.progress.step, self.progress.seconds = stored.step, stored.seconds
         if self.accelerator.is_main_process:
             print(f"Resuming {self.folder} from step {stored.step}.")
+
+    def _share_work(self, micro_batches: int) -> None:
+        """As many micro-batches a step as the run began with, whatever the number of processes now."""
+        world = self.accelerator.num_processes
+        if not micro_batches or micro_batches == self.accumulate * world:
+            return
+        if micro_batches % world:
+            raise ValueError(
+                f"{self.folder} takes {micro_batches} micro-batches a step, which {world} processes cannot share "
+                "evenly; use a number that divides it."
+            )
+        self.accumulate = micro_batches // world
 
     def _log_settings(self) -> None:
         if self.accelerator.is_main_process:
@@ -348,10 +453,29 @@ class _Run:
         self.stop_signal = number
 
 
-def _nothing() -> Any:
-    import contextlib
+def _optimizer(objective: torch.nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    if optim.name == "muon":
+        return Muon(objective, optim.lr, optim.matrix_lr, optim.betas)
+    kind = torch.optim.AdamW
+    if optim.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError:
+            raise ValueError("optim.name=adamw8bit needs the package bitsandbytes: pip install bitsandbytes.") from None
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    return kind(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
 
-    return contextlib.nullcontext()
+
+def _recomputed(block: torch.nn.Module, *arguments: Any) -> torch.Tensor:
+    """Keep a block's input alone, and compute the rest again in the backward pass, with the same kind of attention."""
+    attention = _cur_sdpa_kernel_backends()
+    return checkpoint(
+        block, *arguments, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), sdpa_kernel(attention))
+    )
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
