@@ -64,7 +64,7 @@ class AutoregressiveCaptioner(ModelMixin, ConfigMixin):
         layer = nn.TransformerEncoderLayer(
             width, heads, ffn_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, vocab_size)
 
     def forward(self, latents: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class AutoregressiveCaptioner(ModelMixin, ConfigMixin):
         stream = torch.cat([video, self.words(before)], dim=1) + self.positions[:size]
         hidden = torch.ones(size, size, dtype=torch.bool, device=stream.device).triu(1)
         hidden[:patches, :patches] = False
-        return self.head(self.layers(stream, mask=hidden)[:, patches:])
+        return self.head(self.blocks(stream, mask=hidden)[:, patches:])
 
     @torch.no_grad()
     def caption(self, latents: torch.Tensor) -> torch.Tensor:

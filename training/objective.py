@@ -224,6 +224,8 @@ class FlowObjective(nn.Module):
                 latents, times, prompts, state, 1000 * (1 - tau), video_sees_tokens=False, return_dict=False
             )
             return self._text_loss(output, tau, state, ids, noise), video.sum()
+        if self.transformer.gradient_checkpointing:
+            raise ValueError("objective.captions_per_clip above 1 keeps the video's keys: leave run.checkpointing off.")
         # The video does not see the caption, so one pass of it serves several captions at several times.
         cache = VideoCache()
         self.transformer(latents, times, prompts, video_cache=cache)
