@@ -58,10 +58,55 @@ def _stage(arguments: argparse.Namespace) -> int:
     from training.stages import StageRun, build_stage
     from training.trainer import train
 
-    config = load_config(StageRun, arguments.config, arguments.overrides)
+    config = load_config(StageRun, arguments.config, arguments.overrides, arguments.command)
     if config.stage.name != arguments.command:
         raise ValueError(f"This is a configuration of {config.stage.name}: start it with that command.")
+    if arguments.dry_run:
+        from training.dry_run import dry_run
+
+        dry_run(config)
+        return 0
     return train(build_stage(config), config.run, config.optim, config)
+
+
+def example(arguments: argparse.Namespace) -> int:
+    from training.example import make_example
+
+    make_example(arguments.folder, arguments.clips)
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """read every row of the training data and tell all that is wrong at once"""
+    from training.cache import load_tokenizer
+    from training.data import check as look
+
+    config, data, needs = _clips(arguments)
+    report = look(data, load_tokenizer(config.stage.start), needs)
+    report.print(data.source)
+    return 1 if report.problems else 0
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    """encode the clips and prompts once; any number of processes share the work, and a stopped one goes on"""
+    from training.cache import fill, load_encoders
+    from training.ledger import shard_of
+
+    config, data, needs = _clips(arguments)
+    return fill(data, load_encoders(config.stage.start, config.model.pipeline), needs, shard_of(arguments.shard))
+
+
+def _clips(arguments: argparse.Namespace) -> tuple:
+    """The run, its data, and the texts that it needs. Both stages read one cache, made with what the first starts from."""  # noqa: E501
+    from training.config import build_config, load_config
+    from training.data import DataConfig
+    from training.stages import StageRun
+
+    config = load_config(StageRun, arguments.config, arguments.overrides, "recall")
+    if config.data.get("kind") != "clips":
+        raise ValueError("data.kind must be clips: the toy world's data is made by toybox-cache.")
+    data = build_config(DataConfig, {k: v for k, v in config.data.items() if k != "kind"}, "data.")
+    return config, data, ("prompt", "caption") if arguments.stage == "refine" else ("prompt",)
 
 
 def vae_finish(arguments: argparse.Namespace) -> int:
@@ -124,6 +169,23 @@ def _parser() -> argparse.ArgumentParser:
         if run is synthesize:
             command.add_argument("--phase", choices=("all", "clips", "captions", "merge"), default="all")
             command.add_argument("--shard", default="0/1", help="i/n: the i-th of n launches that share the work")
+        if run in (pretrain, recall, refine):
+            command.add_argument(
+                "--dry-run", action="store_true", help="show size, memory and time, take one tiny step"
+            )
+
+    for run in (check, cache):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.add_argument("config", help="YAML file of the training run, or a name in training/configs")
+        command.add_argument("overrides", nargs="*", help="settings to change, such as data.source=clips")
+        command.add_argument("--stage", choices=("recall", "refine"), default="refine", help="recall needs no captions")
+        command.set_defaults(run=run)
+    command.add_argument("--shard", default="0/1", help="i/n: the i-th of n launches that share the work")
+
+    command = commands.add_parser("example", help="make a few clips and a tiny generator to try the commands on")
+    command.add_argument("folder", type=Path, help="receives clips/ and generator/")
+    command.add_argument("--clips", type=int, default=12)
+    command.set_defaults(run=example)
 
     command = commands.add_parser("vae-finish", help="measure a trained autoencoder's latents and store it for use")
     command.add_argument("source", type=Path, help="the weights folder of the run")

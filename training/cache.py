@@ -24,11 +24,14 @@ from diffusers import WanPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
+from transformers import AutoTokenizer
 
 from training.data import DataConfig, Report, Row, Size, check, content_hash, read_clip
 from training.ledger import Ledger, locked, replacing, writing
+from training.stages import StageData
 from univigu import UniViGUPipeline
 from univigu.pipeline import clean_prompt
+from univigu.video import write_video
 from univigu.weights import _from_pretrained, find_model, pick_device
 
 SHARD_BYTES = 256 << 20
@@ -161,6 +164,17 @@ def load_encoders(name: str, settings: dict[str, Any]) -> UniViGUPipeline:
         pipeline = UniViGUPipeline(pipeline.tokenizer, pipeline.text_encoder, None, pipeline.vae, pipeline.scheduler)
     pipeline.register_to_config(**settings)
     return pipeline.to(pick_device(device))
+
+
+def load_tokenizer(name: str) -> Any:
+    found = find_model(name)
+    folder = Path(found.location)
+    try:
+        if (folder / "tokenizer").is_dir():
+            return AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return AutoTokenizer.from_pretrained(found.location, subfolder="tokenizer")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name!r} holds no tokenizer that can be read: {' '.join(str(error).split())}") from None
 
 
 def fill(config: DataConfig, pipeline: UniViGUPipeline, needs: tuple[str, ...], shard: tuple[int, int] = (0, 1)) -> int:
@@ -458,3 +472,45 @@ def tokens_of(shape: tuple[int, ...], caption_length: int) -> int:
     """Positions of the shared attention for latents (C, F, H, W) in patches of 1 x 2 x 2."""
     _, frames, height, width = shape
     return frames * (height // 2) * (width // 2) + caption_length
+
+
+def open_clips(config: DataConfig, pipeline: UniViGUPipeline) -> StageData:
+    clips = CachedClips(config, pipeline)
+    train, held_out = clips.split
+    held_out = HeldOutClips(clips, held_out)
+    return StageData(TrainingBatches(clips, train), held_out, clips.empty_prompt, ClipProbe(held_out, clips))
+
+
+class ClipProbe:
+    """Shows on a few held-out clips what the model makes of their prompts and says of their pictures."""
+
+    SHOWN = 4
+    STEPS = 20
+
+    def __init__(self, held_out: HeldOutClips, clips: CachedClips):
+        self.held_out, self.clips = held_out, clips
+
+    def measure(self, pipeline: UniViGUPipeline) -> dict[str, float]:
+        return {}
+
+    def draw(self, pipeline: UniViGUPipeline, folder: Path, step: int) -> None:
+        """A clip of each prompt, and a line of texts: the prompt, the caption, and what the model says."""
+        device, empty = next(pipeline.transformer.parameters()).device, self.clips.empty_prompt[None]
+        # without the prompt encoder, which may be larger than the network and has done its work
+        parts = {**pipeline.components, "text_encoder": None, "vae": pipeline.vae.to(device)}
+        settings = {k: v for k, v in pipeline.config.items() if not k.startswith("_") and k not in parts}
+        shown = UniViGUPipeline(**parts, **settings)
+        shown.set_progress_bar_config(disable=True)
+        lines = []
+        for number, example in enumerate(self.held_out.examples[: self.SHOWN]):
+            item = self.held_out[number]
+            frames = shown.decode_latents(item["latents"][None].float())
+            common = {"num_inference_steps": self.STEPS, "seed": number, "negative_prompt_embeds": empty}
+            common |= dict(zip(("num_frames", "height", "width"), frames.shape, strict=False))
+            said = shown(task="understand", video=frames, prompt_embeds=empty, **common).text
+            lines.append({"step": step, "prompt": example.prompt, "caption": example.caption, "said": said})
+            embeds = item["prompt_embeds"][None]
+            made = shown(task="generate", prompt=example.prompt, prompt_embeds=embeds, **common).frames
+            write_video(folder / f"step-{step:08d}-{number}.mp4", made, self.clips.config.fps or 16)
+        with (folder / "captions.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

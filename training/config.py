@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+SECTIONS = ("recall", "refine")  # a file for both stages keeps what differs under their names
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 Config = TypeVar("Config")
 
@@ -53,8 +54,10 @@ class RunConfig:
     trackers: list[str] = field(default_factory=list)  # tensorboard, trackio, wandb; the JSONL log is always written
 
 
-def load_config(kind: type[Config], source: str | Path, overrides: list[str]) -> Config:
-    """The settings of `source`, a YAML file or the name of one in training/configs, after the overrides."""
+def load_config(kind: type[Config], source: str | Path, overrides: list[str], section: str = "") -> Config:
+    """The settings of `source`, a YAML file or the name of one in training/configs, after the overrides.
+
+    Of a file with `SECTIONS`, what is under `section` comes over what all share."""
     path = Path(source)
     if not path.suffix:
         path = CONFIG_FOLDER / f"{source}.yaml"
@@ -67,6 +70,9 @@ def load_config(kind: type[Config], source: str | Path, overrides: list[str]) ->
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of settings, not {type(settings).__name__}.")
+    sections = {name: settings.pop(name) for name in SECTIONS if name in settings}
+    if sections:
+        settings = _over(settings, sections.get(section) or {})
     for override in overrides:
         dotted, separator, text = override.partition("=")
         if not separator:
@@ -107,6 +113,11 @@ def config_to_dict(config: Any) -> dict[str, Any]:
         key: list(value) if isinstance(value, tuple) else config_to_dict(value) if isinstance(value, dict) else value
         for key, value in (dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config).items()
     }
+
+
+def _over(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _over(settings[k], v) for k, v in changes.items() if isinstance(v, dict) and k in settings}
+    return {**settings, **changes, **nested}
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -131,3 +132,11 @@ def writing(path: Path) -> Iterator[None]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """i/n as (i, n): the i-th of n launches that share a work."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError(f"A shard is i/n with i from 0 to n - 1, such as 0/4, not {text!r}.")
+    return int(match[1]), int(match[2])

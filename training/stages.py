@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from training.config import OptimConfig, RunConfig
+from training.lora import ATTENTION, add_lora, has_lora, merged
 from training.objective import FlowObjective, ObjectiveConfig
 from univigu import UniViGUPipeline, UniViGUTransformer3DModel
 from univigu.weights import load_wan
@@ -45,7 +46,11 @@ class StageConfig:
     name: Literal["pretrain", "recall", "refine"]
     start: str = ""  # the pipeline folder or Hub id that the stage begins with
     from_scratch: bool = False  # that pipeline's network with new weights, to see what the old ones are worth
-    trained: Literal["all", "token_branch"] = "all"
+    # token_branch: the generator stands still, bit for bit. lora: it changes through adapters beside the token branch.
+    trained: Literal["all", "token_branch", "lora"] = "all"
+    lora_rank: int = 64
+    lora_alpha: float = 64.0
+    lora_layers: list[str] = field(default_factory=lambda: list(ATTENTION))
 
 
 @dataclass
@@ -106,6 +111,16 @@ class StageObjective(torch.nn.Module):
         if config.stage.trained == "token_branch":
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(is_token_branch(name))
+        elif config.stage.trained == "lora":
+            stage_config = config.stage
+            add_lora(
+                network,
+                stage_config.lora_rank,
+                stage_config.lora_alpha,
+                stage_config.lora_layers,
+                config.run.seed,
+                also_trained=is_token_branch,
+            )
         self.flow = FlowObjective(
             network,
             config.objective,
@@ -142,6 +157,14 @@ class StageObjective(torch.nn.Module):
         """The pipeline with the weights as they are: a Wan pipeline after pretraining, one of ours after that."""
         if self.stage.target is None:
             save_whole(as_wan(self.pipeline).save_pretrained, folder)
+        elif has_lora(self.pipeline.transformer):  # merged for use, and the adapters by themselves
+            network = self.pipeline.transformer
+            self.pipeline.register_modules(transformer=merged(network))
+            try:
+                save_whole(self.pipeline.save_pretrained, folder)
+            finally:
+                self.pipeline.register_modules(transformer=network)
+            network.save_lora_adapter(folder.with_name("lora"))
         else:
             save_whole(self.pipeline.save_pretrained, folder)
 
@@ -237,12 +260,17 @@ def save_whole(save: Callable[[Path], None], folder: Path) -> None:
 
 
 def open_data(settings: dict[str, Any], pipeline: UniViGUPipeline) -> StageData:
-    """What a stage learns from. `kind: toybox` reads the cache of the toy world."""
+    """What a stage learns from. `kind: clips` reads a cache of any clips, `kind: toybox` that of the toy world."""
     from training.config import build_config
     from training.toybox.dataset import ToyDataConfig, open_toybox
 
     kind = settings.get("kind")
-    if kind != "toybox":
-        raise ValueError(f"data.kind must be toybox, not {kind!r}.")
     rest = {key: value for key, value in settings.items() if key != "kind"}
+    if kind == "clips":
+        from training.cache import open_clips
+        from training.data import DataConfig
+
+        return open_clips(build_config(DataConfig, rest, "data."), pipeline)
+    if kind != "toybox":
+        raise ValueError(f"data.kind must be clips or toybox, not {kind!r}.")
     return open_toybox(build_config(ToyDataConfig, rest, "data."), pipeline)

@@ -40,7 +40,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from training.ledger import Ledger, locked, replacing, writing
+from training.ledger import Ledger, locked, replacing, shard_of, writing
 from univigu.video import VideoClip, probe, read_video, write_video
 from univigu.weights import WAN_1_3B_REPO
 
@@ -123,7 +123,7 @@ def synthesize(
     _check(config)
     process = PartialState()
     device = _device(config.device, process.device)
-    index, count = _shard(shard)
+    index, count = shard_of(shard)
     index = index * process.num_processes + process.process_index
     count *= process.num_processes
 
@@ -609,13 +609,6 @@ def _check(config: SynthesisConfig) -> None:
         raise ValueError(f"captions.temperature must be 0 or more, not {config.captions.temperature:g}.")
     if not 0 < config.captions.top_p <= 1:
         raise ValueError(f"captions.top_p must be above 0 and at most 1, not {config.captions.top_p:g}.")
-
-
-def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise ValueError(f"A shard is i/n with i from 0 to n - 1, such as 0/4, not {text!r}.")
-    return int(match[1]), int(match[2])
 
 
 def _device(name: str, default: torch.device) -> torch.device:
