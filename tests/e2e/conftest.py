@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 OPTIONS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
 QUIET = [f"--{option}" for option in (*OPTIONS, "disable-component-update", "disable-sync")]
 # How long anything may take on a machine that is busy with other things.
-PATIENCE = 120_000
+PATIENCE = 300_000
 TASKS = ("generate", "understand", "joint")
 
 expect.set_options(timeout=PATIENCE)

@@ -157,7 +157,7 @@ def test_a_clip_becomes_a_caption(visit, clip):
 
 
 @pytest.mark.parametrize(
-    ("task", "steps", "example"), [("joint", 6, "a boat at sunset"), ("understand", 4, "getting-brighter")]
+    ("task", "steps", "example"), [("joint", 6, "a boat at sunset"), ("understand", 4, "getting brighter")]
 )
 def test_an_example_runs_in_one_click(visit, task, steps, example):
     viewer = visit(task, steps)

@@ -73,6 +73,10 @@ def steps(run: Run, parent: Run | None) -> Iterator[tuple[dict[str, Any], dict[s
             if item is None:
                 return
             yield item
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            "The memory of this device is too small for that; try fewer frames or a smaller size."
+        ) from None
     finally:
         taken.close()
 

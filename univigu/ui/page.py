@@ -41,9 +41,10 @@ def build(model_name: str, device: str | None = None, examples: Path = EXAMPLES)
                 fields["understand"] = understand.build(runs, model, config, clips)
             with gr.Tab("Joint", id="joint"):
                 fields["joint"] = joint.build(runs, model, config)
-        # Visitors of a shared Space use the model it was started with.
-        with gr.Accordion("Model", open=False, visible="SPACE_ID" not in os.environ):
-            _model_chooser(model, model_name, fields)
+        # Visitors of a shared Space use the model it was started with; what is merely hidden could still be called.
+        if "SPACE_ID" not in os.environ:
+            with gr.Accordion("Model", open=False):
+                _model_chooser(model, model_name, fields)
         api.build(runs, model_name, config)
         demo.load(_open_tab, None, tabs, queue=False, show_progress="hidden", **tab.PRIVATE)
         for task, named in fields.items():

@@ -36,6 +36,7 @@ def build(runs: Runs, model: gr.State, config, clips: list[Path]) -> dict:
             chosen = gr.Dataset(
                 components=[gr.Video(visible=False)],
                 samples=[[str(path)] for path in clips],
+                sample_labels=[path.stem.replace("-", " ") for path in clips],
                 label="Try one",
                 visible=bool(clips),
                 type="index",
