@@ -1,0 +1,177 @@
+"""The trainer's promises: a resumed run is the run that was never stopped, and every failure is one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from training.__main__ import main
+from training.config import OptimConfig, RunConfig
+from training.trainer import find_checkpoints, train
+
+
+class Points(Dataset):
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(16, generator=generator)
+        return {"x": x, "y": x.flip(0).cumsum(0)}
+
+
+class Line(torch.nn.Module):
+    """A small regression with noise of its own, so that a difference in any random state would show."""
+
+    def __init__(self, poison_at: int | None = None, seconds: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.SiLU(), torch.nn.Linear(32, 16))
+        self.train_data, self.poison_at, self.seconds, self.calls = Points(), poison_at, seconds, 0
+
+    def forward(self, batch, generator):
+        self.calls += 1
+        time.sleep(self.seconds)
+        noise = torch.randn(batch["x"].shape, generator=generator, device=batch["x"].device)
+        loss = (self.net(batch["x"] + 0.1 * noise) - batch["y"]).square().mean()
+        return loss * (float("nan") if self.calls == self.poison_at else 1.0), {"noise": noise.mean()}
+
+    def validate(self) -> dict[str, float]:
+        return {"norm": float(sum(p.square().sum() for p in self.parameters()))}
+
+    def draw_samples(self, folder: Path, step: int) -> None:
+        (folder / f"{step}.txt").write_text("sample")
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        torch.save(self.state_dict(), folder / "weights.pt")
+
+
+def settings(folder: Path, steps: int, **changes) -> RunConfig:
+    values = {"batch_size": 4, "workers": 0, "log_every": 1, "save_every": 2, "validate_every": 100}
+    return RunConfig(folder=str(folder), steps=steps, **{**values, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "weights/weights.pt", weights_only=True)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+CONSTANT = {"schedule": "constant", "warmup_steps": 1, "lr": 1e-2}
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_stopping_halfway_changes_nothing(tmp_path, optimiser):
+    optim = OptimConfig(name=optimiser, accumulate=2, **CONSTANT)
+    assert train(Line(), settings(tmp_path / "whole", 8), optim) == 0
+    assert train(Line(), settings(tmp_path / "halves", 4), optim) == 0
+    assert train(Line(), settings(tmp_path / "halves", 8), optim) == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)  # the averaged weights, bit for bit
+    assert losses(tmp_path / "whole")[8] < losses(tmp_path / "whole")[1]
+
+
+def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_no_more(tmp_path):
+    here = Path(__file__)
+    code = (
+        f"import sys; sys.path[:0] = [{str(here.parent)!r}, {str(here.parents[2])!r}]\n"
+        "from pathlib import Path\n"
+        "from test_trainer import CONSTANT, Line, settings\n"
+        "from training.config import OptimConfig\n"
+        "from training.trainer import train\n"
+        f"train(Line(seconds=0.05), settings(Path({str(tmp_path / 'killed')!r}), 1000), OptimConfig(**CONSTANT))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 300
+        while not (tmp_path / "killed/checkpoints/step-00000006").exists() and time.monotonic() < end:
+            assert process.poll() is None, "the run ended by itself"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    reached = int(find_checkpoints(tmp_path / "killed")[-1].name.removeprefix("step-"))
+    assert reached >= 6
+    steps = reached + 3
+    assert train(Line(), settings(tmp_path / "killed", steps), OptimConfig(**CONSTANT)) == 0
+    assert train(Line(), settings(tmp_path / "whole", steps), OptimConfig(**CONSTANT)) == 0
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_truncated_checkpoint_is_passed_over(tmp_path, capsys):
+    train(Line(), settings(tmp_path, 4), OptimConfig(**CONSTANT))
+    files = (tmp_path / "checkpoints/step-00000004").rglob("*.safetensors")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    train(Line(), settings(tmp_path, 6), OptimConfig(**CONSTANT))
+    output = capsys.readouterr()
+    assert f"{largest.name} has" in output.err
+    assert "from step 2" in output.out
+    assert [path.name for path in find_checkpoints(tmp_path)][-1] == "step-00000006"
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(tmp_path):
+    train(Line(), settings(tmp_path, 2), OptimConfig(**CONSTANT))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file may grow beyond this: as if the disk were full
+    try:
+        with pytest.raises(ValueError, match=r"step 4 could not be written .* step-00000002 is kept"):
+            train(Line(), settings(tmp_path, 4), OptimConfig(**CONSTANT))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000002"]
+    assert train(Line(), settings(tmp_path, 4), OptimConfig(**CONSTANT)) == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"Step 4 gave a loss of nan .*lower optim.lr .*step-00000002"):
+        train(Line(poison_at=4), settings(tmp_path, 8), OptimConfig(**CONSTANT))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.lrr=1", "There is no setting optim.lrr; the nearest is optim.lr"),
+        (
+            "objective.prompt_drop=1",
+            "There is no setting objective.prompt_drop; the nearest is objective.prompt_dropout",
+        ),
+        ("run.steps=many", "run.steps must be int, not 'many'"),
+        ("stage.name=refined", "stage.name must be one of pretrain, recall, refine"),
+        ("stage.name=recall", "This is a configuration of recall: start it with that command"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(override, sentence, capsys):
+    assert main(["refine", override]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["pretrain", "recall", "recall_scratch", "refine", "pretrain_continued", "captioner", "vae"]
+)
+def test_every_configuration_is_readable(name):
+    from training.baselines import CaptionerRun
+    from training.config import load_config
+    from training.stages import StageRun
+    from training.vae import VAERun
+
+    kind = {"captioner": CaptionerRun, "vae": VAERun}.get(name, StageRun)
+    config = load_config(kind, name, [])
+    assert config.run.folder == f"runs/{name}" and config.run.steps > 0
