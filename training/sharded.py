@@ -112,7 +112,7 @@ def _plainly() -> Iterator[None]:
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer, average: list[torch.Tensor]) -> dict[str, Any]:
     """Every tensor of a run under a name of its own; those of sharded weights as shards of the whole."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))  # tied weights have several names
     state = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
     state |= {f"model.{name}": tensor for name, tensor in module.state_dict().items() if name not in parameters}
     for name, parameter in trained.items():
