@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TASKS
+from gradio_client import Client
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from univigu.video import write_gif, write_video
@@ -411,6 +412,20 @@ def test_two_pages_at_once_do_not_mix(browser: Browser, watch, app):
     assert viewers[0].get_attribute("data-run") != viewers[1].get_attribute("data-run")
     for context in contexts:
         context.close()
+
+
+def test_who_waits_sees_the_place_in_the_queue(visit, app):
+    client = Client(app, verbose=False)
+    ahead = [client.submit("a red ball", steps=100, api_name="/joint") for _ in range(4)]
+    viewer = visit("joint", 6)
+    before = viewer.get_attribute("data-run")
+    click_run(viewer.page, "joint", "a blue boat")
+    expect(panel(viewer.page, "joint").get_by_text(re.compile(r"queue: \d+/\d+"))).to_be_visible()
+    for job in ahead:
+        job.cancel()
+    started(viewer.page, "joint", before)
+    assert finished(viewer) == 6
+    client.close()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
