@@ -64,7 +64,8 @@ def _stage(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from training.dry_run import dry_run
 
-        dry_run(config)
+        first = load_config(StageRun, arguments.config, arguments.overrides, "recall")
+        dry_run(config, first, arguments.gpus, arguments.tflops)
         return 0
     return train(build_stage(config), config.run, config.optim, config)
 
@@ -173,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="show size, memory and time, take one tiny step"
             )
+            command.add_argument("--gpus", type=int, default=1, help="of the dry run: how many share the work")
+            command.add_argument("--tflops", type=float, default=989.0, help="of the dry run: of one GPU [H100: 989]")
 
     for run in (check, cache):
         command = commands.add_parser(run.__name__, help=run.__doc__)

@@ -59,7 +59,7 @@ def load_config(kind: type[Config], source: str | Path, overrides: list[str], se
 
     Of a file with `SECTIONS`, what is under `section` comes over what all share."""
     path = Path(source)
-    if not path.suffix:
+    if path.suffix not in (".yaml", ".yml"):
         path = CONFIG_FOLDER / f"{source}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))

@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+LARGE = 1 << 27  # elements of a layer that is gathered by itself
+
 
 def shard(module: nn.Module, device: torch.device) -> None:
     """FSDP2: every process keeps its share of each weight, and a block's weights are gathered when it is at work.
@@ -32,7 +34,8 @@ def shard(module: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     names = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in module.modules():
-        if type(part).__name__ in names:
+        # the caption head's 256,384 rows are gathered for their product alone, and not for the whole step
+        if type(part).__name__ in names or (isinstance(part, nn.Linear) and part.weight.numel() > LARGE):
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
 
