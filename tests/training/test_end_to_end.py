@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.__main__ import main
+from training.__main__ import _parser, main
+from training.config import load_config
+from training.stages import StageRun
 from univigu import UniViGUPipeline
 
 
@@ -103,3 +105,13 @@ def test_a_configuration_of_another_stage_or_kind_of_data_is_refused(folder, cap
     assert "data.kind must be clips" in capsys.readouterr().err
     assert main(["pretrain", "cpu"]) == 1
     assert "stage" in capsys.readouterr().err
+
+
+def test_the_page_names_commands_and_configurations_that_exist():
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    commands = [line for line in page.splitlines() if line.startswith("python -m training")]
+    assert len(commands) >= 9
+    for command in commands:
+        arguments = _parser().parse_args(command.partition("#")[0].split()[3:])
+        if hasattr(arguments, "overrides"):
+            load_config(StageRun, arguments.config, arguments.overrides, "recall")
