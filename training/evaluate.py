@@ -148,7 +148,7 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
 def _load(folder: Path) -> UniViGUPipeline:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' holds no model: give a pipeline folder, such as assets/toybox.")
-    pipeline = load(folder, device="cpu")
+    pipeline = load(folder)
     # a generator is stored as a Wan pipeline, which knows nothing of these sizes
     sizes = {"default_num_frames": 17, "default_height": 64, "default_width": 64, "max_prompt_tokens": PROMPT_TOKENS}
     pipeline.register_to_config(**sizes)
@@ -258,9 +258,9 @@ def _autoregressive(folder: Path, latents: torch.Tensor, pipeline: UniViGUPipeli
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{folder}' holds no captioner: give the weights folder of python -m training captioner.")
-    captioner = AutoregressiveCaptioner.from_pretrained(folder).eval()
+    captioner = AutoregressiveCaptioner.from_pretrained(folder).eval().to(pipeline.vae.device)
     result["parameters"]["captioner"] = _size(captioner)
-    return read_captions(captioner, latents, pipeline.tokenizer)
+    return read_captions(captioner, latents.to(pipeline.vae.device), pipeline.tokenizer)
 
 
 def _speed(pipeline: UniViGUPipeline, prompt: str, clip: np.ndarray, settings: EvaluationConfig) -> dict:
@@ -271,7 +271,12 @@ def _speed(pipeline: UniViGUPipeline, prompt: str, clip: np.ndarray, settings: E
         "understand": lambda: pipeline.understand(clip, num_inference_steps=steps, seed=0),
         "joint": lambda: pipeline.joint(prompt, num_inference_steps=steps, guidance_scale=3.0, seed=0),
     }
-    speed: dict = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "steps": steps}
+    speed: dict = {
+        "device": str(pipeline.device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "steps": steps,
+    }
     pipeline.set_progress_bar_config(disable=True)
     for name, run in runs.items():
         seconds = []
@@ -323,7 +328,7 @@ def to_markdown(result: dict) -> str:
         "",
         "## Speed",
         "",
-        f"{speed['steps']} steps on {speed['threads']} threads, decoding included: {seconds}.",
+        f"{speed['steps']} steps, {speed['device']} with {speed['threads']} threads, decoding included: {seconds}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -89,7 +89,8 @@ def decode(pipeline: UniViGUPipeline, latents: torch.Tensor, batch_size: int = 8
     """Normalised latents to uint8 clips (N, F, H, W, 3)."""
     vae, clips = pipeline.vae, []
     for part in latents.split(batch_size):
-        pixels = decode_clip(vae, pipeline._scale(part.float(), into_latents=False).to(vae.dtype)).float()
+        scaled = pipeline._scale(part.to(vae.device).float(), into_latents=False)
+        pixels = decode_clip(vae, scaled.to(vae.dtype)).float()
         pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         clips.append(pixels.permute(0, 2, 3, 4, 1).cpu().numpy())
     return np.concatenate(clips)

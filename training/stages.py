@@ -146,6 +146,7 @@ class StageObjective(torch.nn.Module):
             for name, value in self.flow.losses_on_grid(batch, seed=start).items():
                 totals[name] = totals.get(name, 0.0) + value * len(items) / count
         if self.data.probe is not None:
+            self.pipeline.vae.to(device)
             totals.update(self.data.probe.measure(self.pipeline))
         return totals
 

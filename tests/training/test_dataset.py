@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -118,6 +119,13 @@ def test_another_autoencoder_is_refused(copy, tmp_path, capsys):
     assert "made with another autoencoder" in capsys.readouterr().err
     assert main(["toybox-cache", str(tmp_path), str(tmp_path / "new")]) == 1
     assert "config.json' is missing" in capsys.readouterr().err
+
+
+def test_the_world_can_be_looked_at(tmp_path, capsys):
+    assert main(["toybox", str(tmp_path / "sheet.png"), "--count", "2", "--split", "held_out"]) == 0
+    assert cv2.imread(str(tmp_path / "sheet.png")).shape[0] == 2 * 128
+    assert main(["toybox", str(tmp_path / "nowhere/sheet.png"), "--count", "1"]) == 1
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_the_worlds_fingerprint_is_stable_within_a_version():

@@ -10,7 +10,9 @@ import torch
 from diffusers import WanPipeline
 from toy import make_world, stage_run
 
-from training.stages import build_stage, is_token_branch
+from training.baselines import AutoregressiveCaptioner, CaptionerObjective, CaptionerRun
+from training.config import build_config
+from training.stages import build_stage, is_token_branch, save_whole
 from training.toybox.publish import publish
 from training.trainer import train
 from univigu import UniViGUPipeline
@@ -50,6 +52,15 @@ def test_pretraining_leaves_a_wan_pipeline(world, generator):
         not torch.equal(a, b) for a, b in zip(encoder.parameters(), pipeline.text_encoder.parameters(), strict=True)
     ]
     assert all(changed)  # the prompt encoder is trained in this stage
+
+
+def test_pretraining_goes_on_from_a_generator(world, generator):
+    stage = build_stage(stage_run(world, "pretrain", Path("unused"), generator))
+    expected = WanPipeline.from_pretrained(generator)
+    for name, tensor in expected.transformer.state_dict().items():
+        assert torch.equal(tensor, stage.pipeline.transformer.state_dict()[name]), name
+    assert stage.pipeline.transformer.config.vocab_size is None
+    assert all(p.requires_grad for p in stage.parameters())
 
 
 def test_recall_starts_from_the_generator_and_freezes_its_prompt_encoder(world, generator, recalled):
@@ -93,6 +104,27 @@ def test_refined_model_is_published_in_small_files_that_the_application_loads(wo
     assert max(path.stat().st_size for path in (tmp_path / "toybox").rglob("*.safetensors")) < 10_000_000
 
 
+def test_captioner_to_compare_with_learns_from_the_same_clips(world, generator, tmp_path):
+    settings = {
+        "start": str(generator),
+        "run": {"folder": str(tmp_path), "steps": 2, "batch_size": 4, "workers": 0},
+        "model": {"width": 16, "heads": 2, "layers": 1, "ffn_dim": 16},
+        "data": {"cache": str(world / "cache"), "validation_clips": 2, "validation_prompts": 1},
+    }
+    config = build_config(CaptionerRun, settings)
+    assert train(CaptionerObjective(config), config.run, config.optim, config) == 0
+    captioner = AutoregressiveCaptioner.from_pretrained(tmp_path / "weights")
+    latents, ids = torch.randn(2, 8, 5, 8, 8), torch.randint(0, 40, (2, 32))
+    later = ids.clone()
+    later[:, 10:] = 7
+    with torch.no_grad():
+        before, after = captioner(latents, ids), captioner(latents, later)
+        assert torch.allclose(before[:, :11], after[:, :11], atol=1e-5)  # a word sees only those before it
+        assert not torch.allclose(before[:, 11:], after[:, 11:], atol=1e-5)
+        said = captioner.caption(latents)
+        assert torch.equal(captioner(latents, said)[:, 0].argmax(-1), said[:, 0])
+
+
 def test_a_stage_without_its_start_says_so(world, tmp_path):
     with pytest.raises(ValueError, match=r"stage.start is empty: name the generator"):
         build_stage(stage_run(world, "recall", tmp_path))
@@ -101,8 +133,6 @@ def test_a_stage_without_its_start_says_so(world, tmp_path):
 
 
 def test_an_interrupted_export_leaves_the_old_one(world, recalled):
-    from training.stages import save_whole
-
     def breaks(folder: Path) -> None:
         folder.mkdir()
         raise OSError("disk full")

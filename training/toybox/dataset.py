@@ -78,7 +78,7 @@ def encode(vae: AutoencoderKLWan, clips: np.ndarray) -> torch.Tensor:
     shape = (1, -1, 1, 1, 1)
     mean, std = (torch.tensor(values).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std))
     with torch.no_grad():
-        latents = encode_clip(vae, to_tensor(clips).to(vae.dtype)).chunk(2, dim=1)[0].float()
+        latents = encode_clip(vae, to_tensor(clips).to(vae.device, vae.dtype)).chunk(2, dim=1)[0].float().cpu()
     return (latents - mean) / std
 
 

@@ -13,7 +13,7 @@ from training.toybox.scenes import scene_at
 from training.vae import to_tensor
 from univigu import UniViGUPipeline
 
-_PREVIEW_CLIPS = 256
+_PREVIEW_CLIPS = 96
 _SHARD = "9MB"  # files in the repository stay under 10 MB
 _TOTAL = 60_000_000
 
