@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import CHROMIUM, PATIENCE, QUIET, ROOT, running_app
+from launching import CHROMIUM, PATIENCE, QUIET, ROOT, running_app
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
 from univigu import UniViGUPipeline

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TASKS
 from gradio_client import Client
+from launching import TASKS
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from univigu.video import write_gif, write_video
@@ -234,7 +234,7 @@ def test_the_clip_plays_and_pauses(shown):
 
 
 def test_live_follow_yields_to_the_first_move_and_comes_back(visit):
-    viewer = visit("joint", 60)
+    viewer = visit("joint", 40)
     while_running(
         viewer,
         """(have, viewer) => {
@@ -264,11 +264,11 @@ def test_live_follow_yields_to_the_first_move_and_comes_back(visit):
 
 
 def test_stop_keeps_what_is_there(visit):
-    viewer = visit("joint", 60)
+    viewer = visit("joint", 40)
     while_running(viewer, "have => { if (have === 2) document.querySelector('#joint-stop').click() }")
     run(viewer.page, "joint", "a red ball moves left")
     have = finished(viewer, "stopped")
-    assert 2 <= have < 60
+    assert 2 <= have < 40
     viewer.get_by_role("slider", name="Step").press("Home")
     expect(viewer).to_have_attribute("data-step", "0")
     # and the next run is not held up
@@ -279,24 +279,24 @@ def test_stop_keeps_what_is_there(visit):
 
 
 def test_a_tab_left_and_opened_again_is_complete(visit):
-    viewer = visit("joint", 60)
+    viewer = visit("joint", 40)
     before = viewer.get_attribute("data-run")
     click_run(viewer.page, "joint", "a red ball moves left")
     viewer.page.get_by_role("tab", name="Generate").click()
     expect(viewer.page.locator("#generate-view .uvg")).to_be_visible()
     viewer.page.get_by_role("tab", name="Joint").click()
     started(viewer.page, "joint", before)
-    assert finished(viewer) == 60
+    assert finished(viewer) == 40
 
 
 def test_a_reload_in_mid_run_starts_afresh(visit):
-    viewer = visit("joint", 60)
+    viewer = visit("joint", 40)
     while_running(viewer, "have => { if (have === 2) location.reload() }")
     with viewer.page.expect_event("load"):
         click_run(viewer.page, "joint", "a red ball moves left")
     expect(viewer).to_have_attribute("data-run", "example-joint")
     run(viewer.page, "joint", "a blue boat")
-    assert finished(viewer) == 60
+    assert finished(viewer) == 40
 
 
 # ------------------------------------------------------------------------------------------ branch, compare, look, take
