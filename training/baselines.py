@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.config import OptimConfig, RunConfig
 from training.stages import save_whole
@@ -110,8 +109,7 @@ class CaptionerObjective(nn.Module):
         )
 
     def forward(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict]:
-        with sdpa_kernel(SDPBackend.MATH):
-            logits = self.model(batch["latents"].float(), batch["caption_ids"])
+        logits = self.model(batch["latents"].float(), batch["caption_ids"])
         return F.cross_entropy(logits.flatten(0, 1), batch["caption_ids"].flatten()), {}
 
     def validate(self) -> dict[str, float]:
