@@ -65,7 +65,7 @@ def test_losses_are_weighted_and_repeatable():
     assert loss.item() == pytest.approx(float(2 * figures["video"] + 3 * figures["text"]), rel=1e-5)
     again, _ = objective(lambda_video=2.0, lambda_text=3.0)(batch(), draw())
     other, _ = objective(lambda_video=2.0, lambda_text=3.0)(batch(), draw(1))
-    assert float(again) == float(loss) != float(other)
+    assert again.item() == loss.item() != other.item()
 
 
 def test_every_group_of_the_mixture_takes_its_share_of_a_batch():
