@@ -14,7 +14,7 @@ def vae(arguments: argparse.Namespace) -> int:
     from training.vae import VAEObjective, VAERun
 
     config = load_config(VAERun, arguments.config, arguments.overrides)
-    objective = VAEObjective(config.model, config.objective, config.run.batch_size, config.run.seed)
+    objective = VAEObjective(config.model, config.objective, config.run.batch_size, config.run.seed, config.start)
     return train(objective, config.run, config.optim, config)
 
 

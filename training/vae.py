@@ -51,6 +51,7 @@ class VAERun:
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: dict[str, Any] = field(default_factory=dict)  # the arguments of AutoencoderKLWan
+    start: str = ""  # the weights folder of an earlier run to go on from; empty: new weights
     objective: VAEObjectiveConfig = field(default_factory=VAEObjectiveConfig)
 
 
@@ -162,7 +163,9 @@ class ToyClips(Dataset):
 
 
 class VAEObjective(torch.nn.Module):
-    def __init__(self, model: dict[str, Any], settings: VAEObjectiveConfig, batch_size: int, seed: int):
+    def __init__(
+        self, model: dict[str, Any], settings: VAEObjectiveConfig, batch_size: int, seed: int, start: str = ""
+    ):
         super().__init__()
         z_dim = model["z_dim"]
         torch.manual_seed(seed)
@@ -172,7 +175,10 @@ class VAEObjective(torch.nn.Module):
                 layer.to(memory_format=torch.channels_last_3d)
             elif isinstance(layer, torch.nn.Conv2d):
                 layer.to(memory_format=torch.channels_last)
-        start_near_linear(self.vae)
+        if start:
+            self.vae.load_state_dict(_weights_of(start, self.vae))
+        else:
+            start_near_linear(self.vae)
         self.settings = settings
         self.train_data = ToyClips(settings.scene_seed, "train", settings.frames, batch_size)
         held_out = ToyClips(settings.scene_seed, "held_out")
@@ -225,6 +231,18 @@ class VAEObjective(torch.nn.Module):
 
     def export(self, folder: Path) -> None:
         self.vae.save_pretrained(folder)
+
+
+def _weights_of(folder: str, vae: AutoencoderKLWan) -> dict[str, torch.Tensor]:
+    if not Path(folder, "config.json").is_file():
+        raise ValueError(f"start names no autoencoder: {folder!r} holds no config.json.")
+    earlier = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+    different = [
+        key for key in ("z_dim", "base_dim", "dim_mult", "patch_size") if earlier.config[key] != vae.config[key]
+    ]
+    if different:
+        raise ValueError(f"The autoencoder in {folder!r} has another {different[0]} than model.{different[0]}.")
+    return earlier.state_dict()
 
 
 @torch.no_grad()

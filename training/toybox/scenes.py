@@ -42,7 +42,7 @@ SIZE_PIXELS = {"small": 15.0, "large": 25.0}
 SCALE_RANGE = {"small": (12.0, 22.0), "large": (20.0, 34.0)}
 TRAVEL = 20.0
 BOUNCE_HEIGHT = 14.0
-TURN_DEGREES = 33.75
+TURN_DEGREES = 11.25
 FLYING = ("bird", "balloon", "rocket", "star")
 
 
