@@ -332,6 +332,7 @@ function mountTrajectoryViewer(root, host) {
       plate.frame.getContext("2d").drawImage(image, frame * cell, 0, cell, image.naturalHeight, 0, 0, cell, image.naturalHeight);
       plate.frameShown = frame;
       plate.element.dataset.frame = frame;
+      plate.element.dataset.drawn = step.index + ":" + kind;
       plate.marker.style.transform = "translateX(" + 100 * frame + "%)";
       const heat = heatFor(plate);
       plate.heat.hidden = !heat;
