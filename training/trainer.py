@@ -70,6 +70,7 @@ class Progress:
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     micro_batches: int = 0  # of a step, over all processes
+    processes: int = 1
     average_steps: int = 0
 
 
@@ -175,7 +176,8 @@ class _Run:
         self.accumulate = optim.accumulate
         self.stop_signal: int | None = None
         self._resume()
-        self.progress.micro_batches = self.accumulate * self.accelerator.num_processes
+        self.progress.processes = self.accelerator.num_processes
+        self.progress.micro_batches = self.accumulate * self.progress.processes
 
     def until_done(self) -> int:
         run = self.run
@@ -401,7 +403,7 @@ class _Run:
                 )
         if stored.step > self.run.steps:
             raise ValueError(f"{self.folder} already stands at step {stored.step}, beyond run.steps={self.run.steps}.")
-        self._share_work(stored.micro_batches)
+        self._share_work(stored)
         try:
             if (
                 checkpoints[-1] / "model.safetensors"
@@ -419,10 +421,10 @@ class _Run:
         if self.accelerator.is_main_process:
             print(f"Resuming {self.folder} from step {stored.step}.")
 
-    def _share_work(self, micro_batches: int) -> None:
-        """As many micro-batches a step as the run began with, whatever the number of processes now."""
-        world = self.accelerator.num_processes
-        if not micro_batches or micro_batches == self.accumulate * world:
+    def _share_work(self, stored: Progress) -> None:
+        """With another number of processes, a step stays the same number of micro-batches."""
+        world, micro_batches = self.accelerator.num_processes, stored.micro_batches
+        if world == stored.processes or micro_batches == self.accumulate * world:
             return
         if micro_batches % world:
             raise ValueError(
@@ -430,6 +432,8 @@ class _Run:
                 "evenly; use a number that divides it."
             )
         self.accumulate = micro_batches // world
+        if self.accelerator.is_main_process:
+            print(f"A step stays {micro_batches} micro-batches: {self.accumulate} in each of {world} processes.")
 
     def _log_settings(self) -> None:
         if self.accelerator.is_main_process:
