@@ -220,9 +220,19 @@ def _passes(arguments: dict[str, Any], config: StageRun, sizes: Sizes, layers: i
     """The most that the passes of so many layers make beside gradients: in all, and when these are there."""
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.run.mixed_precision)
     cast = torch.autocast("cpu", precision) if precision else contextlib.nullcontext()
-    attention = contextlib.nullcontext() if gpu else sdpa_kernel(SDPBackend.MATH)
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]), cast, attention:
+    attention = (
+        sdpa_kernel(SDPBackend.MATH) if precision and not gpu else contextlib.nullcontext()
+    )  # as the objective's
+    with torch.device("meta"):  # where PEFT can add its layers
         network = build_network({**arguments, "num_layers": layers}, config)
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]), cast, attention:
+        for part in network.modules():
+            for name, tensor in part._parameters.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    part._parameters[name] = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            for name, tensor in part._buffers.items():
+                part._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         if config.run.checkpointing:
             network.enable_gradient_checkpointing(_recomputed)
         with LiveBytes(network) as live:

@@ -23,7 +23,9 @@ from univigu import EmbeddingFlowScheduler
 
 def main(arguments: dict, settings: dict, sizes: Sizes) -> int:
     config = build_config(StageRun, settings)
-    torch.nn.Linear(64, 64)(torch.randn(64, 64)).sum().backward()  # what the first product sets up is not the run's
+    layer = torch.nn.Linear(64, 64)  # what the first product and the first step load is not the run's
+    layer(torch.randn(64, 64)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
     before = psutil.Process().memory_info().rss
     network = build_network(arguments, config)
     if config.run.checkpointing:
