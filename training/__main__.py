@@ -232,7 +232,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides after an option, which argparse does not put with those before it
+        arguments.overrides.extend(rest)
     if "=" in getattr(arguments, "config", ""):
         arguments.overrides.insert(0, arguments.config)
         arguments.config = arguments.command
