@@ -97,7 +97,12 @@ def watch(problems):
         return parts.scheme not in ("data", "blob", "file") and parts.hostname != "127.0.0.1"
 
     def start(page: Page) -> Page:
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: (
+                problems.append(f"{message.text} ({message.location['url']})") if message.type == "error" else None
+            ),
+        )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: problems.append(request.url) if elsewhere(request.url) else None)
         page.set_default_timeout(PATIENCE)

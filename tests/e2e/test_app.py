@@ -533,7 +533,7 @@ def choose(page: Page, path: str | Path) -> None:
     expect(field).to_contain_text(Path(path).stem)
 
 
-def test_bad_clips_are_one_sentence_and_the_page_goes_on(visit, tmp_path):
+def test_bad_clips_are_one_sentence_and_the_page_goes_on(visit, problems, tmp_path):
     viewer = visit("understand", 4)
     page = viewer.page
     frames = np.zeros((9, 64, 64, 3), np.uint8)
@@ -557,3 +557,5 @@ def test_bad_clips_are_one_sentence_and_the_page_goes_on(visit, tmp_path):
     run(page, "understand")
     expect(page.locator(".toast-body.info")).to_contain_text("a single frame")
     assert finished(viewer) == 4
+    # Gradio asks how a refused upload gets on, and is told that there is none
+    problems[:] = [text for text in problems if "upload_progress" not in text and not text.startswith("Response ")]

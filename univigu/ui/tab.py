@@ -1,7 +1,7 @@
 """What the three tabs share: settings, and the way from a button to a streamed run.
 
-A button first checks what was typed and registers the run (at once, outside the queue), then the run waits for its turn
-and streams one small message a step. A ticket, the run's id, links the two.
+A button first checks what was typed and registers the run (at once, waiting for no other run), then the run waits for
+its turn and streams one small message a step. A ticket, the run's id, links the two.
 """
 
 from __future__ import annotations
@@ -200,10 +200,11 @@ def connect(
             **PRIVATE,
         )
 
-    at_once = {"queue": False, "show_progress": "hidden", **PRIVATE}
+    # In the queue, though never waiting in it: outside of it a refusal would be a server error to the browser.
+    at_once = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
     follow(gr.on(triggers, start, [ticket, *inputs], [ticket, seed], **at_once))
     for event in after:
         follow(event.success(start, [ticket, *inputs], [ticket, seed], **at_once))
     follow(view.branch(branch, ticket, ticket, **at_once))
     follow(view.another(another, ticket, ticket, **at_once))
-    stop.click(halt, ticket, None, **at_once)
+    stop.click(halt, ticket, None, queue=False, show_progress="hidden", **PRIVATE)
