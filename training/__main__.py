@@ -159,6 +159,19 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def curves(arguments: argparse.Namespace) -> int:
+    from training.curves import draw
+
+    runs = {}
+    for run in arguments.runs:
+        label, separator, folder = run.partition("=")
+        if not separator:
+            label, folder = Path(run).name, run
+        runs[label] = Path(folder) / "log.jsonl"
+    draw(arguments.target, runs, arguments.values.split(","), arguments.until)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -216,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", type=Path, help="the weights folder of the run")
     command.add_argument("target", type=Path, help="the pipeline folder to write")
     command.set_defaults(run=toybox_finish)
+
+    command = commands.add_parser("curves", help="draw values that runs have logged")
+    command.add_argument("target", type=Path, help="the figure to write (.svg, .png)")
+    command.add_argument("values", help="what to draw, such as loss,validation/attributes")
+    command.add_argument("runs", nargs="+", help="folders of runs, or label=folder")
+    command.add_argument("--until", type=int, help="the last step to show")
+    command.set_defaults(run=curves)
 
     command = commands.add_parser("evaluate", help="the figures of a model of the toy world, as JSON and Markdown")
     command.add_argument("folder", type=Path, help="the pipeline's folder")
