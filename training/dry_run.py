@@ -236,25 +236,31 @@ def _passes(arguments: dict[str, Any], config: StageRun, sizes: Sizes, layers: i
         if config.run.checkpointing:
             network.enable_gradient_checkpointing(_recomputed)
         with LiveBytes(network) as live:
-            _shape_only_step(network, sizes)
+            _shape_only_step(network, config, sizes)
     return live.peak, live.late_peak
 
 
-def _shape_only_step(network: UniViGUTransformer3DModel, sizes: Sizes) -> None:
+def _shape_only_step(network: UniViGUTransformer3DModel, config: StageRun, sizes: Sizes) -> None:
     """The joint pass, which is the largest, and its backward."""
-    config = network.config
-    latents = torch.randn(sizes.batch, config.in_channels, sizes.frames, sizes.height, sizes.width)
+    latents = torch.randn(sizes.batch, network.config.in_channels, sizes.frames, sizes.height, sizes.width)
     ids = torch.zeros(sizes.batch, sizes.caption, dtype=torch.long)
-    table = network.token_table()
-    state = (
-        ids if config.token_state == "ids" else torch.lerp(torch.randn(*ids.shape, table.shape[-1]), table[ids], 0.5)
-    )
-    times = torch.rand(sizes.batch) * 1000
-    prompts = torch.randn(sizes.batch, sizes.prompt, config.text_dim)
-    velocity, output = network(latents, times, prompts, state, times, return_dict=False)
-    loss = F.mse_loss(velocity.float(), latents)
-    logits = output.float() if config.token_head == "logits" else output.float() @ table.float().T
-    (loss + F.cross_entropy(logits.flatten(0, 1), ids.flatten())).backward()
+    prompts = torch.randn(sizes.batch, sizes.prompt, network.config.text_dim)
+    objective, tau = _objective(network, config, prompts[0]), torch.rand(sizes.batch)
+    state, aim = objective._noised(ids, tau, None)
+    inputs = (latents, 1000 * tau, prompts, state, 1000 * tau)
+    velocity, hidden = network(*inputs, project_tokens=False, return_dict=False)
+    text = objective._text_loss(hidden, tau, state, ids, aim, config.objective.text_loss)
+    (F.mse_loss(velocity.float(), latents) + text).backward()
+
+
+def _objective(network: UniViGUTransformer3DModel, config: StageRun, empty_prompt: torch.Tensor) -> FlowObjective:
+    if network.config.token_state == "ids":
+        flow = MixtureFlowScheduler(network.config.vocab_size, **config.model.token_flow)
+    else:
+        prediction = "logits" if network.config.token_head == "logits" else "clean"
+        flow = EmbeddingFlowScheduler(**{"prediction_type": prediction, **config.model.token_flow})
+    target = STAGES[config.stage.name].target
+    return FlowObjective(network, config.objective, target, config.model.video_shift, flow, empty_prompt=empty_prompt)
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
@@ -337,15 +343,7 @@ def tiny_step(config: StageRun, arguments: dict[str, Any]) -> float:
     small |= {k: min(arguments[k], 16) for k in ("token_dim", "token_ffn_dim") if arguments.get(k)}
     torch.manual_seed(config.run.seed)
     network = build_network({**arguments, **small}, config)
-    if network.config.token_state == "ids":
-        flow = MixtureFlowScheduler(96, **config.model.token_flow)
-    else:
-        prediction = "logits" if network.config.token_head == "logits" else "clean"
-        flow = EmbeddingFlowScheduler(**{"prediction_type": prediction, **config.model.token_flow})
-    target = STAGES[config.stage.name].target
-    objective = FlowObjective(
-        network, config.objective, target, config.model.video_shift, flow, empty_prompt=torch.zeros(4, 16)
-    )
+    objective = _objective(network, config, torch.zeros(4, 16))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective.to(device)
     if config.run.checkpointing:
@@ -362,6 +360,6 @@ def tiny_step(config: StageRun, arguments: dict[str, Any]) -> float:
     with torch.autocast(device.type, precision) if precision else contextlib.nullcontext():
         loss, _ = objective(batch, torch.Generator(device).manual_seed(0))
     loss.backward()
-    if not math.isfinite(float(loss)):
-        raise ValueError(f"One tiny step gives a loss of {float(loss)}.")
-    return float(loss)
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"One tiny step gives a loss of {loss.item()}.")
+    return loss.item()

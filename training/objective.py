@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from training.chunked_loss import mean_in_chunks
 from univigu.token_flow import EmbeddingFlowScheduler, TokenFlowScheduler, shift_tau
 from univigu.transformer import UniViGUTransformer3DModel, VideoCache
 
@@ -57,6 +59,8 @@ class ObjectiveConfig:
 
 class FlowObjective(nn.Module):
     """The loss of `transformer` on a batch. With `target=None` it trains a video generator without captions."""
+
+    logits_at_once = 1 << 24  # 64 MiB in float32
 
     def __init__(
         self,
@@ -134,7 +138,9 @@ class FlowObjective(nn.Module):
                 figures["text"] = text / texts
                 total = total + self.settings.lambda_text * figures["text"]
         if isinstance(self.token_scheduler, EmbeddingFlowScheduler):
-            figures["embedding_std"] = self.transformer.token_table().std()
+            embedding = self.transformer.token_embedding
+            with torch.no_grad():  # enough rows to see a collapse
+                figures["embedding_std"] = embedding.rows(embedding.table.weight[:4096]).std()
         return total, {name: value.detach() for name, value in figures.items()}
 
     @torch.no_grad()
@@ -151,16 +157,15 @@ class FlowObjective(nn.Module):
             tau = torch.full((size,), tau_video, device=device)
             inputs = [_mix(latents, noise, tau), 1000 * (1 - tau), prompts]
             if tau_text is not None:
-                ids, table = batch[self.target], self.transformer.token_table()
-                tau_text = torch.full((size,), tau_text, device=device)
-                aside = torch.Generator(device).manual_seed(seed + 1)
-                state = self.token_scheduler.add_noise(ids, tau_text, table, aside)
+                ids, tau_text = batch[self.target], torch.full((size,), tau_text, device=device)
+                state, aim = self._noised(ids, tau_text, torch.Generator(device).manual_seed(seed + 1))
                 inputs += [state, 1000 * (1 - tau_text)]
-            video, output = self.transformer(*inputs, video_sees_tokens=tau_video < 1, return_dict=False)
+            video, hidden = self.transformer(
+                *inputs, video_sees_tokens=tau_video < 1, project_tokens=False, return_dict=False
+            )
             values = [float(F.mse_loss(video.float(), noise - latents))]
             if tau_text is not None:
-                logits = self.token_scheduler.logits(output, tau_text, state, table)
-                values.append(float(F.cross_entropy(logits.flatten(0, 1), ids.flatten())))
+                values.append(float(self._text_loss(hidden, tau_text, state, ids, aim, "cross_entropy")))
             return values
 
         figures = {}
@@ -217,11 +222,18 @@ class FlowObjective(nn.Module):
         times = torch.zeros(len(latents), device=latents.device)
         repeats = self.settings.captions_per_clip
         if repeats == 1:
-            tau, state, noise = self._noisy_tokens(ids, None, generator)
-            video, output = self.transformer(
-                latents, times, prompts, state, 1000 * (1 - tau), video_sees_tokens=False, return_dict=False
+            tau, state, aim = self._noisy_tokens(ids, None, generator)
+            video, hidden = self.transformer(
+                latents,
+                times,
+                prompts,
+                state,
+                1000 * (1 - tau),
+                video_sees_tokens=False,
+                project_tokens=False,
+                return_dict=False,
             )
-            return self._text_loss(output, tau, state, ids, noise), video.sum()
+            return self._text_loss(hidden, tau, state, ids, aim, self.settings.text_loss), video.sum()
         if self.transformer.gradient_checkpointing:
             raise ValueError("objective.captions_per_clip above 1 keeps the video's keys: leave run.checkpointing off.")
         # The video does not see the caption, so one pass of it serves several captions at several times.
@@ -230,11 +242,19 @@ class FlowObjective(nn.Module):
         cache.layers = [{key: _repeat(value, repeats) for key, value in layer.items()} for layer in cache.layers]
         cache.condition = tuple(_repeat(tensor, repeats) for tensor in cache.condition)
         ids = _repeat(ids, repeats)
-        tau, state, noise = self._noisy_tokens(ids, None, generator)
-        output = self.transformer(
-            None, _repeat(times, repeats), None, state, 1000 * (1 - tau), video_cache=cache, return_dict=False
+        tau, state, aim = self._noisy_tokens(ids, None, generator)
+        hidden = self.transformer(
+            None,
+            _repeat(times, repeats),
+            None,
+            state,
+            1000 * (1 - tau),
+            video_cache=cache,
+            project_tokens=False,
+            return_dict=False,
         )[1]
-        return self._text_loss(output, tau, state, ids, noise), torch.zeros((), device=latents.device)
+        loss = self._text_loss(hidden, tau, state, ids, aim, self.settings.text_loss)
+        return loss, torch.zeros((), device=latents.device)
 
     def _noise_both(self, latents, prompts, ids, generated, dropped, generator, figures):
         """The edge tau_text = 1 for the first `generated` samples, which have no caption loss; the others have both
@@ -244,13 +264,14 @@ class FlowObjective(nn.Module):
         noise = torch.randn(latents.shape, generator=generator, device=device)
         # without its prompt the generation edge becomes guidance's other branch: tokens that say nothing
         fixed = 1.0 - dropped[:generated].float()
-        tau_text, state, token_noise = self._noisy_tokens(ids, fixed, generator)
-        velocity, output = self.transformer(
+        tau_text, state, aim = self._noisy_tokens(ids, fixed, generator)
+        velocity, hidden = self.transformer(
             _mix(latents, noise, tau_video),
             1000 * (1 - tau_video),
             prompts,
             state,
             1000 * (1 - tau_text),
+            project_tokens=False,
             return_dict=False,
         )
         errors = (velocity.float() - (noise - latents)).square().flatten(1).mean(1)  # equation 6; Wan's sign
@@ -258,39 +279,61 @@ class FlowObjective(nn.Module):
             if len(part):
                 figures[name] = part.mean()
         if generated == size:
-            return errors.mean(), None, output.sum()
-        joint = slice(generated, size)
-        text = self._text_loss(output[joint], tau_text[joint], state[joint], ids[joint], token_noise[joint])
-        return errors.mean(), text, torch.zeros((), device=device)
+            return errors.mean(), None, self.transformer.token_proj_out(hidden[:, :1]).sum()
+        joint = (part[generated:] for part in (hidden, tau_text, state, ids, aim))
+        return errors.mean(), self._text_loss(*joint, self.settings.text_loss), torch.zeros((), device=device)
 
     # ---- the caption ----
 
     def _noisy_tokens(self, ids, fixed: torch.Tensor | None, generator) -> tuple[torch.Tensor, ...]:
-        """Times, caption states and their noise; the first `len(fixed)` samples are at those times."""
-        scheduler, table = self.token_scheduler, self.transformer.token_table()
+        """Times, caption states and the velocities to aim at; the first `len(fixed)` samples are at those times."""
         drawn = len(ids) - (len(fixed) if fixed is not None else 0)
-        tau = scheduler.shift_tau(_even(drawn, generator))
+        tau = self.token_scheduler.shift_tau(_even(drawn, generator))
         if fixed is not None:
             tau = torch.cat([fixed, tau])
+        return tau, *self._noised(ids, tau, generator)
+
+    def _noised(self, ids, tau, generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Caption states at their times, and the velocities to aim at (of no use to the mixture flow). Only those rows
+        of E are made ready that these captions have: with umT5's words all of them would be gigabytes."""
+        scheduler, embedding = self.token_scheduler, self.transformer.token_embedding
+        table = embedding.table.weight
         if not isinstance(scheduler, EmbeddingFlowScheduler):
             state = scheduler.add_noise(ids, tau, table, generator)
-            return tau, state, state
+            return state, state
         noise = scheduler.noise(*ids.shape, table, generator)
-        return tau, _mix(scheduler.clean(ids, table), noise, tau), noise  # equation 7
+        clean = embedding.rows(embedding.table(ids)).float()
+        return _mix(clean, noise, tau), clean - noise  # equation 7
 
-    def _text_loss(self, output, tau, state, ids, noise) -> torch.Tensor:
-        scheduler, table, kind = self.token_scheduler, self.transformer.token_table(), self.settings.text_loss
-        loss = 0.0
-        if kind != "velocity":
-            loss = F.cross_entropy(scheduler.logits(output, tau, state, table).flatten(0, 1), ids.flatten())
-        if kind != "cross_entropy":
-            if scheduler.config.prediction_type == "velocity":
-                velocity = output.float()
-            else:  # a guess near tau = 1 would be divided by nothing
-                remaining = (1 - tau).clamp_min(0.05)[:, None, None]
-                velocity = (scheduler.predict_clean(output, tau, state, table) - state) / remaining
-            loss = loss + F.mse_loss(velocity, scheduler.clean(ids, table) - noise)  # equation 9
-        return loss
+    def _text_loss(self, hidden, tau, state, ids, aim, kind: str) -> torch.Tensor:
+        """The caption's loss from its last states, with the logits of a few positions at a time."""
+        scheduler, transformer = self.token_scheduler, self.transformer
+        table = None  # all of E, where a guess is made from it or compared with it
+        if kind != "cross_entropy" or transformer.config.token_head != "logits":
+            table = transformer.token_table()
+
+        def loss(hidden, tau, state, ids, aim, weight, bias) -> torch.Tensor:
+            output, total = F.linear(hidden, weight, bias), 0.0
+            if kind != "velocity":
+                total = F.cross_entropy(scheduler.logits(output, tau, state, table), ids)
+            if kind != "cross_entropy":
+                if scheduler.config.prediction_type == "velocity":
+                    velocity = output.float()
+                else:  # a guess near tau = 1 would be divided by nothing
+                    remaining = (1 - tau).clamp_min(0.05)[:, None]
+                    velocity = (scheduler.predict_clean(output, tau, state, table) - state) / remaining
+                total = total + F.mse_loss(velocity, aim)  # equation 9
+            return total
+
+        def read(hidden, weight, bias) -> torch.Tensor:
+            positions = (hidden, tau[:, None].expand(ids.shape), state, ids, aim)
+            return mean_in_chunks(
+                partial(loss, weight=weight, bias=bias),
+                max(1, self.logits_at_once // transformer.config.vocab_size),
+                *(part.flatten(0, 1) for part in positions),
+            )
+
+        return transformer.token_proj_out(hidden, read)
 
 
 def _attention(device: torch.device):

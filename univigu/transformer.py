@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +96,14 @@ class TokenEmbedding(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         states = tokens if tokens.is_floating_point() else self.rows(self.table(tokens))
         return self.proj(states)
+
+
+class TokenHead(nn.Linear):
+    """The caption's last layer. With `read`, that function of states, weight and bias takes the place of the product: a
+    loss that never holds the logits of all positions, computed where the weights are at hand however they are kept."""
+
+    def forward(self, states: torch.Tensor, read: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+        return super().forward(states) if read is None else read(states, self.weight, self.bias)
 
 
 class TokenTimeEmbedding(nn.Module):
@@ -441,7 +450,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             self.token_time_embedding = TokenTimeEmbedding(inner_dim, freq_dim)
             self.token_norm_out = FP32LayerNorm(inner_dim, bias=False)
             self.token_scale_shift_table = nn.Parameter(torch.randn(1, 2, inner_dim) / inner_dim**0.5)
-            self.token_proj_out = nn.Linear(inner_dim, vocab_size if token_head == "logits" else token_dim)
+            self.token_proj_out = TokenHead(inner_dim, vocab_size if token_head == "logits" else token_dim)
             # Nothing is known of any word yet: start from equal odds.
             nn.init.zeros_(self.token_proj_out.weight)
             nn.init.zeros_(self.token_proj_out.bias)
@@ -505,6 +514,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         token_timestep: torch.Tensor | None = None,
         video_sees_tokens: bool | torch.Tensor = True,
         video_cache: VideoCache | None = None,
+        project_tokens: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> UniViGUTransformerOutput | tuple:
@@ -518,6 +528,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             token_timestep: (batch,) the tokens' own time, 1000 * (1 - tau_text).
             video_sees_tokens: whether video positions attend to tokens; a bool tensor decides for each sample.
             video_cache: see `VideoCache`.
+            project_tokens: False gives the tokens' last states, which `token_proj_out` takes.
         """
         tokens_only = video_cache is not None and video_cache.is_filled
         if tokens_only:
@@ -573,7 +584,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
             shift, scale = (self.token_scale_shift_table.to(temb.device) + token_temb.unsqueeze(1)).chunk(2, dim=1)
             tokens = stream[:, num_video:]
             tokens = (self.token_norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
-            token_sample = self.token_proj_out(tokens)
+            token_sample = self.token_proj_out(tokens) if project_tokens else tokens
 
         if not return_dict:
             return sample, token_sample

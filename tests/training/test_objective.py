@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from test_chunked_loss import LargestTensor
 
 from training.objective import FlowObjective, ObjectiveConfig
 from univigu import EmbeddingFlowScheduler, MixtureFlowScheduler, UniViGUTransformer3DModel
@@ -163,6 +164,39 @@ def test_the_released_flow_trains_too():
     assert torch.isfinite(loss) and "embedding_std" not in figures
     with pytest.raises(ValueError, match="needs the embedding flow"):
         objective(model, flow=flow, text_loss="velocity")
+
+
+@pytest.mark.parametrize("kind", ["embedding", "vectors", "mixture"])
+def test_a_caption_loss_in_pieces_is_the_caption_loss(kind):
+    config, flow, settings = {
+        "embedding": ({}, None, {}),
+        "vectors": ({"token_head": "embedding"}, EmbeddingFlowScheduler("clean"), {"text_loss": "both"}),
+        "mixture": ({"token_state": "ids"}, MixtureFlowScheduler(vocab_size=WORDS), {}),
+    }[kind]
+    found = []
+    for logits_at_once in (1 << 24, 5 * WORDS):  # of 8 captions of 6 positions all, or 5 positions
+        loss = objective(network(**config), flow=flow, **settings)
+        loss.logits_at_once = logits_at_once
+        total, _ = loss(batch(), draw())
+        total.backward()
+        found.append((total, [p.grad for p in loss.parameters()], loss.losses_on_grid(batch(), 0)))
+    (whole, gradients, grid), (pieces, same_gradients, same_grid) = found
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(same_gradients, gradients)
+    assert same_grid == pytest.approx(grid, rel=1e-5)
+
+
+@pytest.mark.parametrize("state", ["embedding", "ids"])
+def test_a_vocabulary_of_umt5s_size_never_has_its_logits_whole(state):
+    words = 256_384
+    flow = MixtureFlowScheduler(words) if state == "ids" else None
+    loss = objective(network(vocab_size=words, token_state=state, num_layers=1), flow=flow, **UNDERSTAND)
+    with LargestTensor() as largest:
+        loss(batch(12), draw())[0].backward()
+    assert words * 24 < largest.elements <= loss.logits_at_once < 12 * LENGTH * words
+    with LargestTensor() as largest, torch.no_grad():
+        loss.losses_on_grid(batch(12), 0)
+    assert largest.elements <= loss.logits_at_once
 
 
 def test_losses_on_the_grid_are_fixed():
