@@ -182,8 +182,8 @@ class FlowObjective(nn.Module):
     def _shares(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> tuple[int, int]:
         """How many of the batch are on the edge of understanding, and how many on the edge of generation.
 
-        Of a large batch each takes its share. A batch too small for that does one task as a whole, the same in all
-        processes, because in distributed training all of them must make the same passes.
+        Of a large batch each takes its share. A batch too small for that does one task as a whole, chosen by its number
+        in the endless list: the batches of a step share the tasks out, however many processes compute them.
         """
         settings, size = self.settings, len(batch["latents"])
         if settings.times == "independent":
@@ -194,8 +194,12 @@ class FlowObjective(nn.Module):
             offset = float(_rand(1, generator))
             first, second = (sum((i + offset) / size < bound for i in range(size)) for bound in bounds)
             return first, second - first
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        point = int(batch["position"][0]) // (size * processes) * _GOLDEN % 1
+        if settings.captions_per_clip > 1 and torch.distributed.is_initialized():
+            raise ValueError(
+                f"objective.captions_per_clip above 1 in several processes needs micro-batches that hold every task: "
+                f"{size} are too few."  # processes with different tasks would wait for different passes
+            )
+        point = int(batch["position"][0]) // size * _GOLDEN % 1
         return (size, 0) if point < bounds[0] else (0, size) if point < bounds[1] else (0, 0)
 
     def _prompts(self, batch: dict[str, torch.Tensor], dropped: torch.Tensor) -> torch.Tensor:
