@@ -36,6 +36,7 @@ from univigu.weights import _from_pretrained, find_model, pick_device
 
 SHARD_BYTES = 256 << 20
 SHARD_ITEMS = 64  # what a crash may cost
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # two names of one weight, of which a file may have either
 SAMPLED = 4096  # elements of each weight that a fingerprint looks at
 COMMAND = "python -m training cache"
 
@@ -46,8 +47,24 @@ COMMAND = "python -m training cache"
 def fingerprint(module: torch.nn.Module, config: dict[str, Any] | None = None) -> str:
     """A name for a network's weights and settings, the same in float32 and bfloat16: training changes every weight, so
     a sample of each is enough."""
+    state = {name: weight for name, weight in module.state_dict().items() if name not in TIED}
+    return _fingerprint(config, sorted(state.items()))
+
+
+def stored_fingerprint(folder: Path) -> str:
+    """That of the network whose weights lie in a folder, one weight in memory at a time."""
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        handle = safe_open(path, "pt")
+        files |= {TIED.get(name, name): (handle, name) for name in sorted(handle.keys())}
+    if not files:
+        raise ValueError(f"'{folder}' holds no weights in safetensors.")
+    return _fingerprint(None, ((name, handle.get_tensor(key)) for name, (handle, key) in sorted(files.items())))
+
+
+def _fingerprint(config: dict[str, Any] | None, weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(module.state_dict().items()):
+    for name, weight in weights:
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)].to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
@@ -59,10 +76,11 @@ def latents_settings(pipeline: UniViGUPipeline) -> dict[str, Any]:
     return {"autoencoder": fingerprint(pipeline.vae, config), "normalized": pipeline.config.normalize_latents}
 
 
-def prompts_settings(pipeline: UniViGUPipeline) -> dict[str, Any]:
+def prompts_settings(pipeline: UniViGUPipeline, prompt_encoder: Path | None = None) -> dict[str, Any]:
+    """`prompt_encoder`: the folder of the encoder that a pipeline was loaded without."""
     words = json.dumps(sorted(pipeline.tokenizer.get_vocab().items()))
     return {
-        "prompt_encoder": fingerprint(pipeline.text_encoder),
+        "prompt_encoder": stored_fingerprint(prompt_encoder) if prompt_encoder else fingerprint(pipeline.text_encoder),
         "tokenizer": hashlib.sha256(words.encode()).hexdigest()[:16],
         "max_prompt_tokens": pipeline.config.max_prompt_tokens,
         "zero_prompt_padding": pipeline.config.zero_prompt_padding,
@@ -307,12 +325,13 @@ class Example:
 class CachedClips:
     """What a cache holds for a model, after checking that it was made for it and is complete."""
 
-    def __init__(self, config: DataConfig, pipeline: UniViGUPipeline):
+    def __init__(self, config: DataConfig, pipeline: UniViGUPipeline, prompt_encoder: Path | None = None):
         self.folder = _cache_folder(config)
         self.config, self.tokenizer = config, pipeline.tokenizer
         self.prompt_length, self.caption_length = pipeline.config.max_prompt_tokens, pipeline.config.max_caption_tokens
         latents, prompts = Store(self.folder / "latents"), Store(self.folder / "prompts")
-        for store, needed in ((latents, latents_settings(pipeline)), (prompts, prompts_settings(pipeline))):
+        made_by = ((latents, latents_settings(pipeline)), (prompts, prompts_settings(pipeline, prompt_encoder)))
+        for store, needed in made_by:
             there = store.ledger.settings()
             if there is None:
                 raise ValueError(f"'{self.folder}' holds no cache; run `{COMMAND}` with the same configuration first.")
@@ -474,8 +493,8 @@ def tokens_of(shape: tuple[int, ...], caption_length: int) -> int:
     return frames * (height // 2) * (width // 2) + caption_length
 
 
-def open_clips(config: DataConfig, pipeline: UniViGUPipeline) -> StageData:
-    clips = CachedClips(config, pipeline)
+def open_clips(config: DataConfig, pipeline: UniViGUPipeline, prompt_encoder: Path | None = None) -> StageData:
+    clips = CachedClips(config, pipeline, prompt_encoder)
     train, held_out = clips.split
     held_out = HeldOutClips(clips, held_out)
     return StageData(TrainingBatches(clips, train), held_out, clips.empty_prompt, ClipProbe(held_out, clips))

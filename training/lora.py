@@ -6,11 +6,16 @@ It knows which weights are trained and how they are given away: as adapters, or 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from univigu import UniViGUTransformer3DModel
 
@@ -40,6 +45,17 @@ def add_lora(
 
 def has_lora(transformer: UniViGUTransformer3DModel) -> bool:
     return any(isinstance(part, LoraLayer) for part in transformer.modules())
+
+
+def save_adapters(transformer: UniViGUTransformer3DModel, folder: Path) -> None:
+    """The file of `save_lora_adapter`, which moves the whole network first: one whose weights are shared out over
+    processes cannot be moved."""
+    settings = {
+        k: list(v) if isinstance(v, set) else v for k, v in transformer.peft_config["default"].to_dict().items()
+    }
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(get_peft_model_state_dict(transformer), folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
 def merged(transformer: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:

@@ -8,6 +8,7 @@ nothing of where clips come from: that is behind `StageData`.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -21,10 +22,10 @@ from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from training.config import OptimConfig, RunConfig
-from training.lora import ATTENTION, add_lora, has_lora, merged
+from training.lora import ATTENTION, add_lora, has_lora, merged, save_adapters
 from training.objective import FlowObjective, ObjectiveConfig
 from univigu import UniViGUPipeline, UniViGUTransformer3DModel
-from univigu.weights import load_wan
+from univigu.weights import _folder, load_wan
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,13 @@ class StageData:
 class StageObjective(torch.nn.Module):
     """What the trainer trains: a pipeline's network, and in pretraining its prompt encoder, under equation 11."""
 
-    def __init__(self, config: StageRun, pipeline: UniViGUPipeline, data: StageData):
+    def __init__(
+        self, config: StageRun, pipeline: UniViGUPipeline, data: StageData, prompt_encoder: Path | None = None
+    ):
+        """`prompt_encoder`: the folder of the encoder that the pipeline was loaded without, for its export."""
         super().__init__()
         stage = STAGES[config.stage.name]
-        self.pipeline, self.data, self.stage = pipeline, data, stage
+        self.pipeline, self.data, self.stage, self.prompt_encoder = pipeline, data, stage, prompt_encoder
         self.train_data, self.batch_size = data.train, config.run.batch_size
         encoder = pipeline.text_encoder if isinstance(data.empty_prompt, tuple) else None
         if encoder is not None:
@@ -162,12 +166,27 @@ class StageObjective(torch.nn.Module):
             network = self.pipeline.transformer
             self.pipeline.register_modules(transformer=merged(network))
             try:
-                save_whole(self.pipeline.save_pretrained, folder)
+                save_whole(self._save, folder)
             finally:
                 self.pipeline.register_modules(transformer=network)
-            network.save_lora_adapter(folder.with_name("lora"))
+            save_adapters(network, folder.with_name("lora"))
         else:
-            save_whole(self.pipeline.save_pretrained, folder)
+            save_whole(self._save, folder)
+
+    def _save(self, folder: Path) -> None:
+        self.pipeline.save_pretrained(folder)
+        if self.prompt_encoder is not None:  # its files serve as they are
+            shutil.copytree(self.prompt_encoder, folder / "text_encoder", copy_function=_link)
+            index = json.loads((folder / "model_index.json").read_text())
+            index["text_encoder"] = ["transformers", "UMT5EncoderModel"]
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another disk, or one that knows no links
+        shutil.copyfile(source, target)
 
 
 def is_token_branch(parameter_name: str) -> bool:
@@ -178,13 +197,19 @@ def is_token_branch(parameter_name: str) -> bool:
 def build_stage(config: StageRun) -> StageObjective:
     """The model of a stage, from the weights of the stage before it, and its data."""
     torch.manual_seed(config.run.seed)
-    pipeline = build_pipeline(config)
-    return StageObjective(config, pipeline, open_data(config.data, pipeline))
+    pipeline, prompt_encoder = build_pipeline(config), None
+    if pipeline.text_encoder is None:
+        prompt_encoder = _folder(config.stage.start, ["text_encoder/*"]) / "text_encoder"
+    return StageObjective(config, pipeline, open_data(config.data, pipeline, prompt_encoder), prompt_encoder)
 
 
 def build_pipeline(config: StageRun) -> UniViGUPipeline:
-    """A new generator, or the pipeline that the stage starts from, changed as the stage says."""
+    """A new generator, or the pipeline that the stage starts from, changed as the stage says.
+
+    Where the prompts' embeddings are in a cache, it has no prompt encoder: in every process that would be gigabytes.
+    """
     stage, model = STAGES[config.stage.name], config.model
+    is_cached = config.data.get("kind") == "clips"
     if stage.target is None:
         if not config.stage.start:
             from training.toybox import build_tokenizer
@@ -206,6 +231,7 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
             caption_flow=model.caption_flow,
             flow_shift=model.video_shift,
             seed=config.run.seed,
+            prompt_encoder=not is_cached,
             **model.tokens,
         )
         if model.token_flow:
@@ -214,7 +240,8 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
                 token_scheduler=kind.from_config(pipeline.token_scheduler.config, **model.token_flow)
             )
     else:
-        pipeline = UniViGUPipeline.from_pretrained(config.stage.start)
+        left_out = {"text_encoder": None} if is_cached else {}
+        pipeline = UniViGUPipeline.from_pretrained(config.stage.start, **left_out)
     if config.stage.from_scratch:
         pipeline.register_modules(transformer=UniViGUTransformer3DModel.from_config(pipeline.transformer.config))
     pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=model.video_shift))
@@ -260,7 +287,7 @@ def save_whole(save: Callable[[Path], None], folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def open_data(settings: dict[str, Any], pipeline: UniViGUPipeline) -> StageData:
+def open_data(settings: dict[str, Any], pipeline: UniViGUPipeline, prompt_encoder: Path | None) -> StageData:
     """What a stage learns from. `kind: clips` reads a cache of any clips, `kind: toybox` that of the toy world."""
     from training.config import build_config
     from training.toybox.dataset import ToyDataConfig, open_toybox
@@ -271,7 +298,7 @@ def open_data(settings: dict[str, Any], pipeline: UniViGUPipeline) -> StageData:
         from training.cache import open_clips
         from training.data import DataConfig
 
-        return open_clips(build_config(DataConfig, rest, "data."), pipeline)
+        return open_clips(build_config(DataConfig, rest, "data."), pipeline, prompt_encoder)
     if kind != "toybox":
         raise ValueError(f"data.kind must be clips or toybox, not {kind!r}.")
     return open_toybox(build_config(ToyDataConfig, rest, "data."), pipeline)

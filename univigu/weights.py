@@ -189,6 +189,7 @@ def load_wan(
     flow_shift: float = WAN_SHIFT_480P,
     seed: int = 0,
     previewer: bool = False,
+    prompt_encoder: bool = True,
     **token_config,
 ) -> UniViGUPipeline:
     """Start from a Wan2.1 text-to-video pipeline: it generates as Wan does, and its captions wait to be trained.
@@ -199,12 +200,14 @@ def load_wan(
         flow_shift: the video's time shift: 3 for 480p, 5 for 720p.
         seed: of the new weights.
         previewer: fit the linear previewer, at the price of a few passes of the autoencoder.
+        prompt_encoder: False leaves it out, for who has the prompts' embeddings: it can be larger than the network.
         token_config: how the token stream is built; see `UniViGUTransformer3DModel.from_wan`.
     """
     if caption_flow not in ("embedding", "mixture"):
         raise ValueError(f"caption_flow is 'embedding' or 'mixture', not {caption_flow!r}.")
-    wan = _load_wan_pipeline(path_or_repo, dtype)
-    vocab_size = wan.text_encoder.config.vocab_size
+    left_out = {} if prompt_encoder else {"text_encoder": None}
+    wan = _load_wan_pipeline(path_or_repo, dtype, **left_out)
+    vocab_size = _prompt_vocabulary(path_or_repo)
     if caption_flow == "mixture":
         token_config = {"token_state": "ids", "normalize_token_embedding": False, **token_config}
     with torch.random.fork_rng(devices=[]):
@@ -217,6 +220,13 @@ def load_wan(
         prediction = "logits" if transformer.config.token_head == "logits" else "clean"
         token_scheduler = EmbeddingFlowScheduler(prediction_type=prediction, shift=shift)
     return _pipeline(wan, transformer, token_scheduler, flow_shift, previewer, prompt_as_tokens=False)
+
+
+def _prompt_vocabulary(path_or_repo: str | os.PathLike) -> int:
+    path = _folder(os.fspath(path_or_repo), ["text_encoder/config.json"]) / "text_encoder/config.json"
+    if not path.is_file():
+        raise ValueError(f"{os.fspath(path_or_repo)!r} holds no text_encoder/config.json, which says its vocabulary.")
+    return _read_index(path)["vocab_size"]
 
 
 def _load_wan_pipeline(path_or_repo: str | os.PathLike, dtype: torch.dtype, **components) -> WanPipeline:

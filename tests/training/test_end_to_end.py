@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from training.__main__ import _parser, main
+from training.cache import fingerprint, stored_fingerprint
 from training.config import load_config
-from training.stages import StageRun
+from training.stages import StageRun, build_stage
 from univigu import UniViGUPipeline
 
 
@@ -61,6 +62,17 @@ def test_clips_become_a_model_that_generates_and_understands(folder, recalled):
         for name in ("recall", "refine")
     )
     assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
+
+
+def test_the_prompt_encoder_is_not_loaded_and_yet_exported(folder, recalled):
+    places = [f"data.source={folder / 'clips'}", f"data.cache={folder / 'cache'}"]
+    for name, start in (("recall", "generator"), ("refine", "recall/weights")):
+        config = load_config(StageRun, "cpu", [*places, f"stage.start={folder / start}"], name)
+        assert build_stage(config).pipeline.text_encoder is None
+    encoder = UniViGUPipeline.from_pretrained(str(recalled / "weights")).text_encoder
+    start = load_file(folder / "generator/text_encoder/model.safetensors")
+    assert all((encoder.state_dict()[name] == tensor).all() for name, tensor in start.items())
+    assert fingerprint(encoder) == stored_fingerprint(folder / "generator/text_encoder")
 
 
 def test_lora_is_exported_merged_and_by_itself(folder, recalled):
