@@ -7,6 +7,7 @@ at the same time is counted and not guessed. It knows nothing of data beyond its
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import weakref
@@ -48,6 +49,20 @@ class Sizes:
     @property
     def video(self) -> int:
         return self.frames * (self.height // 2) * (self.width // 2)
+
+    def shared(self, degree: int) -> Sizes:
+        """Of one of so many processes that share its positions: the same work as on a clip so much smaller."""
+        if self.video % degree or self.caption % degree:
+            raise ValueError(
+                f"run.context_parallel={degree} does not divide {self.video} video and {self.caption} caption "
+                "positions."
+            )
+        share = dataclasses.replace(self, caption=self.caption // degree)
+        for name, patch in (("width", 2), ("height", 2), ("frames", 1)):
+            divisor = math.gcd(getattr(self, name) // patch, degree)
+            setattr(share, name, getattr(self, name) // divisor)
+            degree //= divisor
+        return share
 
 
 @dataclass
@@ -186,7 +201,7 @@ def estimate_memory(arguments: dict[str, Any], config: StageRun, sizes: Sizes, p
     """
     with torch.device("meta"):
         network = build_network(arguments, config)
-    layers = len(network.blocks)
+    sizes, layers = sizes.shared(config.run.context_parallel), len(network.blocks)
     early, late = _passes(arguments, config, sizes, min(layers, 5), gpu)
     if layers > 5:
         early += (early - _passes(arguments, config, sizes, 3, gpu)[0]) // 2 * (layers - 5)
@@ -219,7 +234,10 @@ def estimate_memory(arguments: dict[str, Any], config: StageRun, sizes: Sizes, p
 def _passes(arguments: dict[str, Any], config: StageRun, sizes: Sizes, layers: int, gpu: bool) -> tuple[int, int]:
     """The most that the passes of so many layers make beside gradients: in all, and when these are there."""
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.run.mixed_precision)
-    cast = torch.autocast("cpu", precision) if precision else contextlib.nullcontext()
+    # autocast as the trainer has it
+    cast = contextlib.nullcontext()
+    if precision:
+        cast = torch.autocast("cpu", precision, cache_enabled=not config.run.fsdp)
     attention = (
         sdpa_kernel(SDPBackend.MATH) if precision and not gpu else contextlib.nullcontext()
     )  # as the objective's
@@ -311,7 +329,9 @@ def dry_run(config: StageRun, first: StageRun, gpus: int, tflops: float) -> None
     """
     if config.data.get("kind") != "clips":
         raise ValueError("--dry-run reads the sizes of clips: data.kind must be clips.")
-    arguments, sizes = network_config(first), sizes_of(config)
+    arguments, sizes, context = network_config(first), sizes_of(config), config.run.context_parallel
+    if gpus % context:
+        raise ValueError(f"run.context_parallel={context} does not divide --gpus {gpus}.")
     with torch.device("meta"):
         network = build_network(arguments, config)
     total = sum(p.numel() for p in network.parameters())
@@ -321,13 +341,14 @@ def dry_run(config: StageRun, first: StageRun, gpus: int, tflops: float) -> None
     print(f"{total / 1e6:10.1f} M  parameters, of which {trained / 1e6:.1f} M are trained")
     print(
         f"a micro-batch: {sizes.batch} clips of {sizes.video} video and {sizes.caption} caption tokens; a step: "
-        f"{sizes.batch * config.optim.accumulate * gpus} clips"
+        f"{sizes.batch * config.optim.accumulate * gpus // context} clips"
+        + (f"; {context} GPUs share the positions of each" if context > 1 else "")
     )
     memory = estimate_memory(arguments, config, sizes, gpus, gpu=True)
     for name, size in vars(memory).items():
         print(f"{size / GIB:10.1f} GiB  {name}")
     print(f"{memory.total / GIB:10.1f} GiB  on each of {gpus} GPUs, estimated")
-    flops = step_flops(network, sizes, config.run.checkpointing) * config.optim.accumulate
+    flops = step_flops(network, sizes, config.run.checkpointing) * config.optim.accumulate / context
     seconds = flops / (tflops * 1e12 * UTILISATION)
     print(
         f"{seconds:.1f} s a step and {seconds * config.run.steps / 86400:.1f} days for {config.run.steps} steps, at "

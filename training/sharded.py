@@ -1,4 +1,5 @@
-"""Weights, optimiser and average over any number of processes: cut by torch's FSDP2, written and read as safetensors.
+"""Weights, optimiser and average over any number of processes: cut by torch's FSDP2, written and read as safetensors;
+and long clips over several processes, by diffusers' context-parallel plan.
 
 A checkpoint holds whole tensors in pieces that know their place, so any number of processes reads what any other number
 wrote, each only what it needs, and no file is unpickled. Frozen weights are not in it: they are where the run began. It
@@ -7,6 +8,7 @@ knows nothing of steps, batches or losses.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from diffusers.hooks import apply_context_parallel
+from diffusers.models._modeling_parallel import ContextParallelConfig, ContextParallelOutput, ParallelConfig
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,7 +29,7 @@ from torch.distributed.tensor import DTensor
 LARGE = 1 << 27  # elements of a layer that is gathered by itself
 
 
-def shard(module: nn.Module, device: torch.device) -> None:
+def shard(module: nn.Module, device: torch.device, large: int = LARGE) -> None:
     """FSDP2: every process keeps its share of each weight, and a block's weights are gathered when it is at work.
 
     The blocks are those that a model itself names as not to be split. Weights are gathered in float32, so that what
@@ -33,11 +37,68 @@ def shard(module: nn.Module, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     names = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    for part in module.modules():
+    for part in reversed(list(module.modules())):  # what is inside first
         # the caption head's 256,384 rows are gathered for their product alone, and not for the whole step
-        if type(part).__name__ in names or (isinstance(part, nn.Linear) and part.weight.numel() > LARGE):
+        if type(part).__name__ in names or (isinstance(part, nn.Linear) and part.weight.numel() > large):
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
+
+
+def share_context(module: nn.Module, device: torch.device, degree: int) -> None:
+    """Context parallel: `degree` neighbouring processes hold the same examples, and each of them a share of the
+    positions between the first layer and the last. Attention exchanges shares of positions for shares of heads.
+
+    Every process ends with the whole output and the same loss, and the mean of their gradients is the gradient.
+    Call this before `shard`.
+    """
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    if world % degree:
+        raise ValueError(f"run.context_parallel={degree} does not divide the number of processes, {world}.")
+    mesh = init_device_mesh(device.type, (world // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
+    for network in module.modules():
+        if getattr(network, "_cp_plan", None) is None:
+            continue
+        heads = network.config.num_attention_heads
+        if heads % degree:
+            raise ValueError(f"run.context_parallel={degree} does not divide the network's {heads} heads.")
+        # What `enable_parallelism` does, which asks for an accelerator and so cannot be had on CPUs.
+        config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
+        parallel = ParallelConfig(context_parallel_config=config)
+        parallel.setup(rank, world, device, mesh=mesh)
+        for part in network.modules():
+            if hasattr(getattr(part, "processor", None), "_parallel_config"):
+                part.processor._parallel_config = parallel
+        plan = {name: what for name, what in network._cp_plan.items() if hasattr(network, name)}
+        apply_context_parallel(network, config, plan)
+        for name, what in plan.items():
+            part = network.get_submodule(name)
+            if isinstance(what, ContextParallelOutput):
+                part.register_forward_hook(_with_the_others(degree))
+            elif name.endswith("_embedding"):
+                part.register_forward_pre_hook(_divided_by(degree))
+
+
+def _with_the_others(degree: int):
+    """Before the gathering a process has that part of each gradient which its share of the positions makes. The parts
+    are to be added up, and as processes take the mean, each part is given `degree` times."""
+
+    def hook(part: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * degree)
+
+    return hook
+
+
+def _divided_by(degree: int):
+    def hook(part: nn.Module, inputs: tuple) -> None:
+        shape = inputs[0].shape
+        is_video = isinstance(part, nn.Conv3d)
+        positions = math.prod(shape[2:]) // math.prod(part.stride) if is_video else shape[1]
+        if positions % degree:
+            kind = "a clip" if is_video else "a caption"
+            raise ValueError(f"run.context_parallel={degree} does not divide the {positions} positions of {kind}.")
+
+    return hook
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

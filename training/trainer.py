@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 
 from training.config import OptimConfig, RunConfig, config_to_dict
 from training.muon import Muon
-from training.sharded import load_state, local, save_state, shard, whole, whole_weights
+from training.sharded import load_state, local, save_state, shard, share_context, whole, whole_weights
 
 STOPPED_BY_SIGNAL = 130
 _PARTIAL = ".partial-"
@@ -64,7 +65,7 @@ class Objective(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands; everything else in a checkpoint is tensors."""
+    """Where a run stands; everything else in a checkpoint is tensors. Processes that share examples count as one."""
 
     step: int = 0
     seconds: float = 0.0
@@ -121,7 +122,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 class _Positions(torch.utils.data.Sampler):
-    """The example numbers of one process from a step onwards: step by step, process by process."""
+    """The example numbers of one group of processes from a step onwards: step by step, group by group."""
 
     def __init__(self, first_step: int, last_step: int, per_step: int, rank: int, world: int):
         self.range = range(first_step * per_step * world, last_step * per_step * world)
@@ -148,6 +149,8 @@ class _Run:
             self.accelerator = Accelerator(
                 mixed_precision=run.mixed_precision,
                 gradient_accumulation_steps=1,  # counted here, so that a checkpoint always falls between two steps
+                # autocast's cache would keep a rounded copy of every gathered weight to the end of the pass
+                kwargs_handlers=[AutocastKwargs(cache_enabled=not run.fsdp)],
                 log_with=run.trackers or None,
                 project_dir=self.folder,
                 cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not find each other
@@ -163,6 +166,13 @@ class _Run:
                     part.enable_gradient_checkpointing(_recomputed)
                 if run.compile and getattr(part, "_repeated_blocks", None):
                     part.compile_repeated_blocks()
+        # Processes that share their examples are one group; without context parallel a group is one process.
+        self.groups = self.accelerator.num_processes // run.context_parallel
+        self.group = self.accelerator.process_index // run.context_parallel
+        if run.context_parallel > 1:
+            if self.accelerator.num_processes == 1:
+                raise ValueError(f"run.context_parallel={run.context_parallel} needs as many processes or more.")
+            share_context(objective, self.accelerator.device, run.context_parallel)
         self.sharded = run.fsdp and self.accelerator.num_processes > 1
         if self.sharded:
             if run.mixed_precision == "fp16" or optim.name != "adamw":
@@ -176,8 +186,8 @@ class _Run:
         self.accumulate = optim.accumulate
         self.stop_signal: int | None = None
         self._resume()
-        self.progress.processes = self.accelerator.num_processes
-        self.progress.micro_batches = self.accumulate * self.progress.processes
+        self.progress.processes = self.groups
+        self.progress.micro_batches = self.accumulate * self.groups
 
     def until_done(self) -> int:
         run = self.run
@@ -224,15 +234,11 @@ class _Run:
         share = learning_rate_share(step, self.run.steps, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = share * (self.optim.matrix_lr if group.get("matrix") else self.optim.lr)
-        device, rank, world = (
-            self.accelerator.device,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        device = self.accelerator.device
         generator = torch.Generator(device)
         totals: dict[str, torch.Tensor] = {}
         for micro in range(self.accumulate):
-            seed = (self.run.seed * 1_000_003 + step) * 4096 + micro * world + rank
+            seed = (self.run.seed * 1_000_003 + step) * 4096 + micro * self.groups + self.group
             generator.manual_seed(seed)
             torch.manual_seed(seed)  # for what draws without being given a generator
             batch = _to_device(self._next(batches), device)
@@ -284,7 +290,6 @@ class _Run:
 
     def _batches(self) -> DataLoader:
         data, workers, per_step = self.objective.train_data, self.run.workers, self.progress.micro_batches
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
         whole_batches = getattr(data, "gives_batches", False)
         if whole_batches:
             data.micro_batches = per_step
@@ -293,7 +298,7 @@ class _Run:
         return DataLoader(
             data,
             batch_size=None if whole_batches else size,
-            sampler=_Positions(first, last, size, rank, world),
+            sampler=_Positions(first, last, size, self.group, self.groups),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_start_worker if workers else None,
@@ -317,7 +322,8 @@ class _Run:
                     with tempfile.TemporaryDirectory() as elsewhere:
                         samples = self.folder / "samples" if main else Path(elsewhere)
                         samples.mkdir(exist_ok=True)
-                        if main or self.sharded:  # of sharded weights, every process has to take every step
+                        # where weights or positions are shared out, every process has to take every step
+                        if main or self.sharded or self.run.context_parallel > 1:
                             self.objective.draw_samples(samples, self.progress.step)
                 with whole_weights(self.objective, main):
                     if main:
@@ -423,17 +429,18 @@ class _Run:
 
     def _share_work(self, stored: Progress) -> None:
         """With another number of processes, a step stays the same number of micro-batches."""
-        world, micro_batches = self.accelerator.num_processes, stored.micro_batches
-        if world == stored.processes or micro_batches == self.accumulate * world:
+        groups, micro_batches = self.groups, stored.micro_batches
+        if groups == stored.processes or micro_batches == self.accumulate * groups:
             return
-        if micro_batches % world:
+        what = "processes" if self.run.context_parallel == 1 else f"groups of {self.run.context_parallel} processes"
+        if micro_batches % groups:
             raise ValueError(
-                f"{self.folder} takes {micro_batches} micro-batches a step, which {world} processes cannot share "
+                f"{self.folder} takes {micro_batches} micro-batches a step, which {groups} {what} cannot share "
                 "evenly; use a number that divides it."
             )
-        self.accumulate = micro_batches // world
+        self.accumulate = micro_batches // groups
         if self.accelerator.is_main_process:
-            print(f"A step stays {micro_batches} micro-batches: {self.accumulate} in each of {world} processes.")
+            print(f"A step stays {micro_batches} micro-batches: {self.accumulate} in each of {groups} {what}.")
 
     def _log_settings(self) -> None:
         if self.accelerator.is_main_process:

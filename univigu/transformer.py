@@ -22,7 +22,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -206,14 +206,16 @@ class UniViGUAttnProcessor:
         return attn.to_out[1](attn.to_out[0](attended))
 
     def attend(self, query, key, value, mask=None) -> torch.Tensor:
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
+        parallel, group = self._parallel_config, None
+        if parallel is not None and parallel.context_parallel_config.ring_degree == 1:
+            # A share of the positions becomes a share of the heads. diffusers' attention would do this itself, but has
+            # no gradient where keys outnumber queries, as when the tokens look at the video and not the other way.
+            group, parallel = parallel.context_parallel_config._ulysses_mesh.get_group(), None
+            query, key, value = (SeqAllToAllDim.apply(group, part, 2, 1) for part in (query, key, value))
+        attended = dispatch_attention_fn(
+            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=parallel
         )
+        return attended if group is None else SeqAllToAllDim.apply(group, attended, 1, 2)
 
 
 class PromptAttnProcessor:
@@ -392,7 +394,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         "patch_embedding": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "token_embedding": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-        "token_proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        # before their head, so that all logits of a caption are made in one place, or none
+        "token_norm_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
 
     @register_to_config

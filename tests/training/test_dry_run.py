@@ -111,6 +111,10 @@ def test_shared_out_weights_need_less_and_checkpointing_too():
     assert shared.weights == whole.weights // 4 and shared.moments == whole.moments // 4
     assert shared.total < whole.total and total(checkpointing=True).total < whole.total
     assert total(4).total == whole.total
+    shared_clips = total(4, fsdp=True, context_parallel=4)
+    assert shared_clips.weights == shared.weights and shared_clips.activations < 0.3 * shared.activations
+    with pytest.raises(ValueError, match="context_parallel=5 does not divide 576 video and 32 caption positions"):
+        total(5, context_parallel=5)
 
 
 @pytest.mark.parametrize("name", [*REAL, "cpu"])
@@ -137,6 +141,14 @@ def test_a_dry_run_says_what_the_run_takes(capsys):
     assert (
         "GiB  on each of 16 GPUs" in printed and "days for 60000 steps" in printed and "one tiny step: loss" in printed
     )
+
+
+def test_gpus_that_share_clips_take_as_much_longer_for_as_many(capsys):
+    settings = ["recall", "wan1.3b-8x80gb", "--dry-run", "optim.accumulate=1", "run.context_parallel=2"]
+    assert main([*settings, "--gpus", "8"]) == 0
+    assert "a step: 4 clips; 2 GPUs share the positions of each" in capsys.readouterr().out
+    assert main([*settings, "--gpus", "9"]) == 1
+    assert "run.context_parallel=2 does not divide --gpus 9" in capsys.readouterr().err
 
 
 def test_a_start_of_unknown_size_is_refused(capsys):

@@ -16,7 +16,7 @@ from univigu import UniViGUTransformer3DModel
 
 
 def settings(folder, optim=(), **changes) -> dict:
-    top = {key: changes.pop(key) for key in ("trained", "nan_from", "gone_from") if key in changes}
+    top = {key: changes.pop(key) for key in ("trained", "nan_from", "gone_from", "size") if key in changes}
     return {"run": {"folder": str(folder), **changes}, "optim": dict(optim), **top}
 
 
@@ -61,6 +61,70 @@ def test_two_processes_with_shards_are_one_process_within_rounding(alone, togeth
     assert samples[0] == pytest.approx(samples[1], rel=1e-4)
     last = find_checkpoints(together)[-1]
     assert len(list(last.glob("*.safetensors"))) == 2  # a file each
+
+
+CASES = {
+    "shards": {"large": 1 << 27},
+    "shards and large layers by themselves": {"large": 100},
+    "a task each": {"large": 100, "size": 1},
+    "a task each, whole weights": {"size": 1},
+    "adapters in shards": {"large": 1 << 27, "trained": "lora"},
+    "one context": {"context": 2},
+    "one context in shards": {"context": 2, "large": 100, "checkpointing": True},
+    "one context of one clip": {"context": 2, "large": 100, "size": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict[str, list[dict]]:
+    """What each process says of each case."""
+    said: dict[str, list[dict]] = {}
+    for code, output in run_in_processes({"compare": list(CASES.values())}):
+        assert code == 0, output
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        for name, line in zip(CASES, lines, strict=True):
+            said.setdefault(name, []).append(line)
+    return said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_of_two_processes_are_those_of_one(compared, case):
+    for process in compared[case]:
+        assert process["loss"] < 1e-5 and process["gap"] < 1e-5 < 1e-2 < process["largest"]
+        modules = list(TinyObjective().modules())
+        large = sum(isinstance(part, torch.nn.Linear) and part.weight.numel() > 100 for part in modules)
+        assert large > 10 and process["parts"] == {None: 0, 1 << 27: 3, 100: 3 + large}[CASES[case].get("large")]
+
+
+def test_two_processes_share_the_positions_of_every_clip(alone, tmp_path):
+    config = settings(tmp_path, {"accumulate": 2}, fsdp=True, context_parallel=2, checkpointing=True)
+    for code, output in run_in_processes(config):
+        assert code == 0, output
+    assert difference(alone, tmp_path) < 2e-4  # Adam makes a step of any gradient, one of rounding alone too
+    assert log(alone)[-1]["validation/output"] == pytest.approx(log(tmp_path)[-1]["validation/output"], rel=1e-4)
+
+
+def test_positions_are_shared_by_processes_that_are_there(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.context_parallel=2 needs as many processes or more"):
+        run(settings(tmp_path, context_parallel=2))
+
+
+def test_adapters_in_two_processes_leave_the_rest_as_it_was_bit_for_bit(tmp_path):
+    """One clip a micro-batch, so that in some steps each process has a task of its own."""
+    for code, output in run_in_processes(settings(tmp_path / "two", trained="lora", size=1, fsdp=True)):
+        assert code == 0, output
+    run(settings(tmp_path / "one", {"accumulate": 2}, trained="lora", size=1))
+    assert difference(tmp_path / "one", tmp_path / "two") < 2e-5
+    start, end = TinyObjective().flow.transformer.state_dict(), weights(tmp_path / "two")
+    for name, tensor in start.items():
+        adapted = name.endswith(("to_q.weight", "to_v.weight"))
+        assert (adapted or is_token_branch(name)) != bool((end[name] == tensor).all()), name
+    adapters = load_file(tmp_path / "two/lora/pytorch_lora_weights.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in adapters.values())
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        stored = {k for f in find_checkpoints(folder)[-1].glob("*.safetensors") for k in load_file(f)}
+        trained = {k.removeprefix("model.flow.transformer.") for k in stored if k.startswith("model.")}
+        assert trained and all(".lora_" in name or is_token_branch(name) for name in trained)
 
 
 def test_what_two_saved_one_goes_on_with(alone, together, tmp_path):
