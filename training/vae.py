@@ -43,6 +43,7 @@ class VAEObjectiveConfig:
     kl_weight: float = 1e-5  # on the mean over latent elements
     actor_weight: float = 2.0  # added to the weight 1 of pixels that an actor covers
     coarse_weight: float = 0.5  # the same error on clips averaged over 4x4 pixels
+    decoder_alone: bool = False  # the encoder stands still, so that latents made before stay valid
     validation_clips: int = 24
 
 
@@ -179,6 +180,9 @@ class VAEObjective(torch.nn.Module):
             self.vae.load_state_dict(_weights_of(start, self.vae))
         else:
             start_near_linear(self.vae)
+        if settings.decoder_alone:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
         self.settings = settings
         self.train_data = ToyClips(settings.scene_seed, "train", settings.frames, batch_size)
         held_out = ToyClips(settings.scene_seed, "held_out")
@@ -187,7 +191,8 @@ class VAEObjective(torch.nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict]:
         clip = batch["clip"].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        mean, log_variance = encode_clip(self.vae, clip).float().chunk(2, dim=1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.decoder_alone):
+            mean, log_variance = encode_clip(self.vae, clip).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-30, 20)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         decoded = decode_clip(self.vae, mean + torch.exp(0.5 * log_variance) * noise).float()
@@ -260,10 +265,10 @@ def measure_latents(vae: AutoencoderKLWan, seed: int, clips: int = STATISTICS_CL
     return mean.tolist(), (square / count - mean.square()).sqrt().tolist()
 
 
-def finish(weights: Path, target: Path, seed: int = 0) -> None:
+def finish(weights: Path, target: Path, seed: int = 0, clips: int = STATISTICS_CLIPS) -> None:
     """Store a trained autoencoder for use: latent statistics in its configuration, weights in half precision."""
     vae = AutoencoderKLWan.from_pretrained(weights).eval()
-    mean, std = measure_latents(vae, seed)
+    mean, std = measure_latents(vae, seed, clips)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.half().save_pretrained(target)
     print(json.dumps({"latents_mean": mean, "latents_std": std}))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 
 from training.stages import save_whole
 from training.toybox.render import render
@@ -18,11 +19,15 @@ _SHARD = "9MB"  # files in the repository stay under 10 MB
 _TOTAL = 60_000_000
 
 
-def publish(source: Path, target: Path) -> None:
-    """Store a trained pipeline in half precision, with the linear preview fitted on clips of the world."""
+def publish(source: Path, target: Path, decoder: Path | None = None) -> None:
+    """Store a trained pipeline in half precision, with the linear preview fitted on clips of the world.
+
+    `decoder`: an autoencoder whose decoder has learned on since the pipeline's latents were made."""
     if not (source / "model_index.json").is_file():
         raise ValueError(f"'{source}' holds no pipeline: give the weights folder of a finished run.")
     pipeline = UniViGUPipeline.from_pretrained(source)
+    if decoder is not None:
+        _take_decoder(pipeline.vae, decoder)
     clips = np.stack([render(scene_at(0, index, "train")) for index in range(_PREVIEW_CLIPS)])
     pipeline.fit_previewer(to_tensor(clips))
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae, pipeline.previewer):
@@ -38,3 +43,14 @@ def publish(source: Path, target: Path) -> None:
     )
     if sizes[largest] >= 10_000_000 or sum(sizes.values()) >= _TOTAL:
         raise ValueError(f"'{target}' is too large for the repository: {largest.name} or all files together.")
+
+
+def _take_decoder(vae: AutoencoderKLWan, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"'{folder}' holds no autoencoder: give the weights folder of python -m training vae.")
+    learned, kept = AutoencoderKLWan.from_pretrained(folder).half().state_dict(), vae.half().state_dict()
+    for name, weight in kept.items():
+        if not name.startswith(("decoder.", "post_quant_conv.")) and not torch.equal(weight, learned.get(name)):
+            raise ValueError(f"The autoencoder in '{folder}' makes other latents than the model's: {name} differs.")
+    vae.load_state_dict(learned)
+    vae.float()

@@ -1,0 +1,88 @@
+"""The autoencoder's training: the same numbers as diffusers' own passes, and a decoder that can learn on alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from training.config import OptimConfig, RunConfig
+from training.toybox.publish import _take_decoder
+from training.trainer import train
+from training.vae import VAEObjective, VAEObjectiveConfig, decode_clip, encode_clip, finish, measure_latents
+
+MODEL = {
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "base_dim": 8,
+    "dim_mult": [1, 1, 1],
+    "temperal_downsample": [True, True],
+    "num_res_blocks": 1,
+    "z_dim": 4,
+    "is_residual": True,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
+SETTINGS = {"frames": (5,), "validation_clips": 1}
+
+
+def objective(start: str = "", **changes) -> VAEObjective:
+    return VAEObjective(MODEL, VAEObjectiveConfig(**SETTINGS, **changes), batch_size=1, seed=0, start=start)
+
+
+def learn(objective: VAEObjective, folder) -> AutoencoderKLWan:
+    """Two steps; the weights that come out."""
+    run = RunConfig(folder=str(folder), steps=2, batch_size=1, workers=0, save_every=10, validate_every=10)
+    assert train(objective, run, OptimConfig(name="muon", lr=1e-3, matrix_lr=1e-3)) == 0
+    return AutoencoderKLWan.from_pretrained(folder / "weights").eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    learn(objective(), folder)
+    return folder / "weights"
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_a_whole_clip_gives_the_numbers_of_chunk_by_chunk(residual, frames):
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**{**MODEL, "is_residual": residual}).eval()
+    clip = torch.rand(2, 3, frames, 16, 16) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(clip).latent_dist
+        torch.testing.assert_close(encode_clip(vae, clip), latents.parameters, atol=1e-4, rtol=1e-4)
+        decoded = decode_clip(vae, latents.mean).clamp(-1, 1)
+        torch.testing.assert_close(decoded, vae.decode(latents.mean).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_the_decoder_learns_on_while_latents_stay_bit_for_bit(trained, tmp_path):
+    before = AutoencoderKLWan.from_pretrained(trained).state_dict()
+    after = learn(objective(str(trained), decoder_alone=True), tmp_path).state_dict()
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+
+
+def test_a_model_takes_a_decoder_of_its_own_latents_and_no_other(trained, tmp_path):
+    finish(trained, tmp_path / "finished", clips=8)
+    learned = learn(objective(str(trained), decoder_alone=True), tmp_path / "decoder")
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "finished")
+    _take_decoder(vae, tmp_path / "decoder" / "weights")
+    clip = torch.rand(1, 3, 5, 16, 16)
+    with torch.no_grad():
+        made = decode_clip(vae, encode_clip(vae, clip)[:, :4])
+        wanted = decode_clip(learned, encode_clip(learned, clip)[:, :4])
+    torch.testing.assert_close(made, wanted, atol=2e-2, rtol=2e-2)  # half precision on the way
+    learn(objective(str(trained)), tmp_path / "other")
+    with pytest.raises(ValueError, match="makes other latents than the model's: encoder"):
+        _take_decoder(vae, tmp_path / "other" / "weights")
+
+
+def test_finished_latents_have_measured_statistics(trained, tmp_path):
+    finish(trained, tmp_path / "finished", clips=8)
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "finished").eval()
+    mean, std = measure_latents(AutoencoderKLWan.from_pretrained(trained).eval(), seed=0, clips=8)
+    assert vae.config.latents_mean == pytest.approx(mean) and vae.config.latents_std == pytest.approx(std)
+    assert min(std) > 0
