@@ -165,7 +165,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict | str]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict | str]]:
-    parquet = _optional("pyarrow.parquet", "Parquet manifests", "pyarrow")
+    from pyarrow import parquet
+
     try:
         table = parquet.read_table(path)
     except Exception as error:  # pyarrow has classes of its own for every way a file can be wrong

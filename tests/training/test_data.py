@@ -7,6 +7,8 @@ import io
 import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from clips import make_clips, write_manifest
 from tiny import tiny_tokenizer
@@ -80,9 +82,7 @@ def test_every_kind_of_source_gives_the_same_rows(clips, tmp_path):
 
 def test_parquet(clips):
     folder, rows = clips
-    pyarrow = pytest.importorskip("pyarrow", reason="Parquet manifests are read with pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "clips.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "clips.parquet")
     found, problems = read_rows(config(folder / "clips.parquet"))
     assert texts(found) == [(row["prompt"], row["caption"]) for row in rows] and problems == []
     (folder / "broken.parquet").write_bytes(b"no table")

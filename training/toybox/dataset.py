@@ -143,7 +143,7 @@ def _write_shard(job: tuple[Path, str, range, dict]) -> None:
     for start in range(clips.start, clips.stop, _BATCH):
         frames = [render(scene_at(settings["seed"], i, split)) for i in range(start, min(start + _BATCH, clips.stop))]
         parts.append(encode(_encoder, np.stack(frames)).half())
-    latents = torch.cat(parts)
+    latents = torch.cat(parts).contiguous()  # an encoder in another memory layout gives latents in it too
     if not torch.isfinite(latents).all():
         raise ValueError("The autoencoder gives latents that are not finite: its training has failed.")
     metadata = {**settings, "split": split, "start": clips.start, "crc32": _checksum(latents)}
