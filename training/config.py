@@ -43,6 +43,7 @@ class RunConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     fsdp: bool = False  # of several processes, each keeps its share of the weights only (FSDP2)
+    deepspeed: Literal[0, 2] = 0  # 2: DeepSpeed's ZeRO stage 2, in place of fsdp
     context_parallel: int = 1  # so many neighbouring processes share the positions of each clip between them
     checkpointing: bool = False  # recompute each block in the backward pass instead of keeping what it computed
     compile: bool = False  # the blocks, through torch.compile

@@ -20,15 +20,17 @@ import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +40,7 @@ from tqdm.auto import tqdm
 from training.config import OptimConfig, RunConfig, config_to_dict
 from training.muon import Muon
 from training.sharded import load_state, local, save_state, shard, share_context, whole, whole_weights
+from training.zero import read_moments, write_moments, zero_plugin
 
 STOPPED_BY_SIGNAL = 130
 _PARTIAL = ".partial-"
@@ -145,15 +148,25 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"The run's folder {self.folder} cannot be made: {error.strerror}.") from None
+        plugin = zero_plugin(run, optim) if run.deepspeed else None
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # nothing to share, as under run.fsdp
+            plugin = None
+        self.zero = plugin is not None
+        # autocast's cache would keep a rounded copy of every gathered weight to the end of the pass
+        handlers = [AutocastKwargs(cache_enabled=not run.fsdp)]
+        if plugin and not torch.accelerator.is_available():  # where accelerate knows of no backend for DeepSpeed
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
         try:
             self.accelerator = Accelerator(
-                mixed_precision=run.mixed_precision,
+                # DeepSpeed is told of it by itself: accelerate would have it round the weights too
+                mixed_precision="no" if plugin else run.mixed_precision,
+                deepspeed_plugin=plugin,
                 gradient_accumulation_steps=1,  # counted here, so that a checkpoint always falls between two steps
-                # autocast's cache would keep a rounded copy of every gathered weight to the end of the pass
-                kwargs_handlers=[AutocastKwargs(cache_enabled=not run.fsdp)],
+                kwargs_handlers=handlers,
                 log_with=run.trackers or None,
                 project_dir=self.folder,
-                cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not find each other
+                # else several processes without a GPU do not find each other; DeepSpeed's do by the handler above
+                cpu=not (torch.accelerator.is_available() or plugin),
             )
         except (ImportError, ValueError) as error:
             raise ValueError(f"run.trackers or run.mixed_precision cannot be used here: {error}") from None
@@ -244,11 +257,17 @@ class _Run:
             batch = _to_device(self._next(batches), device)
             with self._reducing(micro == self.accumulate - 1):
                 loss, figures = self.model(batch, generator)
-                self.accelerator.backward(loss / self.accumulate)
+                if self.zero:  # accelerate would step after each
+                    self.model.backward(loss / self.accumulate)
+                else:
+                    self.accelerator.backward(loss / self.accumulate)
             for name, value in {"loss": loss, **figures}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / self.accumulate
         if self.sharded:
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.grad_clip))
+        elif self.zero:
+            self.model.step()  # clips too
+            norm = torch.as_tensor(self.model.get_global_grad_norm())
         else:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.optim.grad_clip)
         if not torch.isfinite(norm):  # the norm is taken over all processes, so all of them stop
@@ -270,6 +289,9 @@ class _Run:
             self.model.set_requires_gradient_sync(last)
             with self.accelerator.autocast():
                 yield
+        elif self.zero:
+            self.model.set_gradient_accumulation_boundary(last)
+            yield
         elif last:
             yield
         else:
@@ -365,7 +387,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            save_state(partial, self.objective, _bare(self.optimizer), self.average.shadow_params)
+            optimizer = _bare(self.optimizer)
+            if self.zero:
+                optimizer = read_moments(self.model, self.parameters)
+            save_state(partial, self.objective, optimizer, self.average.shadow_params)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 self.progress.average_steps = self.average.optimization_step
@@ -418,7 +443,10 @@ class _Run:
                 self.accelerator.load_state(str(checkpoints[-1]))
                 self.average.to(self.accelerator.device)
             else:
-                load_state(checkpoints[-1], self.objective, _bare(self.optimizer), self.average.shadow_params)
+                optimizer = SimpleNamespace(state=defaultdict(dict)) if self.zero else _bare(self.optimizer)
+                load_state(checkpoints[-1], self.objective, optimizer, self.average.shadow_params)
+                if self.zero:
+                    write_moments(self.model, optimizer.state)
                 self.average.optimization_step = stored.average_steps
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]

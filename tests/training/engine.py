@@ -116,7 +116,8 @@ def run_in_processes(settings: dict, count: int = 2) -> list[tuple[int, str]]:
     for rank in range(count):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         environment = {**os.environ, **{k: str(v) for k, v in names.items()}, "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, __file__, json.dumps(settings)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

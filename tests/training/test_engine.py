@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
@@ -10,8 +11,10 @@ import torch
 from engine import TinyObjective, run, run_in_processes
 from safetensors.torch import load_file
 
+from training.config import OptimConfig, RunConfig
 from training.stages import is_token_branch
 from training.trainer import find_checkpoints
+from training.zero import zero_config
 from univigu import UniViGUTransformer3DModel
 
 
@@ -125,6 +128,37 @@ def test_adapters_in_two_processes_leave_the_rest_as_it_was_bit_for_bit(tmp_path
         stored = {k for f in find_checkpoints(folder)[-1].glob("*.safetensors") for k in load_file(f)}
         trained = {k.removeprefix("model.flow.transformer.") for k in stored if k.startswith("model.")}
         assert trained and all(".lora_" in name or is_token_branch(name) for name in trained)
+
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+def test_deepspeed_in_two_processes_is_one_process_within_rounding(alone, tmp_path):
+    """Its first half as well: a checkpoint of its own, then one of a process without it."""
+    for code, output in run_in_processes(settings(tmp_path / "run", deepspeed=2)):
+        assert code == 0, output
+    assert difference(alone, tmp_path / "run") < 2e-5
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    shutil.copytree(alone / "checkpoints/step-00000002", tmp_path / "other/checkpoints/step-00000002")
+    assert run(settings(tmp_path / "run", {"accumulate": 2})) == 0
+    for code, output in run_in_processes(settings(tmp_path / "other", deepspeed=2)):
+        assert code == 0, output
+    assert difference(alone, tmp_path / "run") < 2e-5 and difference(alone, tmp_path / "other") < 2e-5
+
+
+def test_deepspeed_is_told_what_the_run_asks_for():
+    config = zero_config(RunConfig(deepspeed=2, mixed_precision="bf16"), OptimConfig(grad_clip=0.5))
+    assert config["zero_optimization"] == {"stage": 2} and config["gradient_clipping"] == 0.5
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match=r"run\.deepspeed takes optim\.name=adamw"):
+        zero_config(RunConfig(deepspeed=2, fsdp=True), OptimConfig())
+
+
+@pytest.mark.skipif(HAS_DEEPSPEED, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_installed_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.deepspeed=2 needs the package deepspeed: pip install deepspeed\."):
+        run(settings(tmp_path, deepspeed=2))
 
 
 def test_what_two_saved_one_goes_on_with(alone, together, tmp_path):
