@@ -1,7 +1,8 @@
 """Many clips or captions at once, through the sampler's own walk: what validation and evaluation run.
 
-A pipeline takes one prompt or clip at a time; here they share each pass. Each has a seed of its own, from which its
-noise is drawn as the pipeline draws it. It knows nothing of what is right or wrong.
+A pipeline takes one prompt or clip at a time; here they share each pass. Each has a seed of its own, from which the
+noise it starts with is drawn as the pipeline draws it; what flows and schedulers draw on the way is the batch's. It
+knows nothing of what is right or wrong.
 """
 
 from __future__ import annotations

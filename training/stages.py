@@ -25,7 +25,8 @@ from training.config import OptimConfig, RunConfig
 from training.lora import ATTENTION, add_lora, has_lora, merged, save_adapters
 from training.objective import FlowObjective, ObjectiveConfig
 from univigu import UniViGUPipeline, UniViGUTransformer3DModel
-from univigu.weights import _folder, load_wan
+from univigu.sampler import video_scheduler
+from univigu.weights import load_wan, model_folder
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ModelConfig:
     transformer: dict[str, Any] = field(default_factory=dict)  # pretrain: arguments of UniViGUTransformer3DModel
     prompt_encoder: dict[str, Any] = field(default_factory=dict)  # pretrain: arguments of UMT5Config
     video_shift: float = 3.0  # of the clip's time, in training and sampling; Wan's for 480p
+    video_sampling: Literal["euler", "stochastic"] = "euler"  # see sampler.video_scheduler
     caption_flow: Literal["embedding", "mixture"] = "embedding"  # recall
     tokens: dict[str, Any] = field(default_factory=dict)  # recall: arguments of UniViGUTransformer3DModel.from_wan
     token_flow: dict[str, Any] = field(default_factory=dict)  # recall: arguments of the caption's flow
@@ -199,7 +201,7 @@ def build_stage(config: StageRun) -> StageObjective:
     torch.manual_seed(config.run.seed)
     pipeline, prompt_encoder = build_pipeline(config), None
     if pipeline.text_encoder is None:
-        prompt_encoder = _folder(config.stage.start, ["text_encoder/*"]) / "text_encoder"
+        prompt_encoder = model_folder(config.stage.start, ["text_encoder/*"]) / "text_encoder"
     return StageObjective(config, pipeline, open_data(config.data, pipeline, prompt_encoder), prompt_encoder)
 
 
@@ -244,7 +246,7 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
         pipeline = UniViGUPipeline.from_pretrained(config.stage.start, **left_out)
     if config.stage.from_scratch:
         pipeline.register_modules(transformer=UniViGUTransformer3DModel.from_config(pipeline.transformer.config))
-    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=model.video_shift))
+    pipeline.register_modules(scheduler=_scheduler(model))
     pipeline.register_to_config(**model.pipeline)
     return pipeline
 
@@ -259,8 +261,11 @@ def new_generator(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Uni
     transformer = UniViGUTransformer3DModel(
         in_channels=channels, out_channels=channels, text_dim=encoder.config.d_model, **model.transformer
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=model.video_shift)
-    return UniViGUPipeline(tokenizer, encoder, transformer, vae, scheduler, **model.pipeline)
+    return UniViGUPipeline(tokenizer, encoder, transformer, vae, _scheduler(model), **model.pipeline)
+
+
+def _scheduler(model: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
+    return video_scheduler(model.video_sampling, FlowMatchEulerDiscreteScheduler(shift=model.video_shift))
 
 
 def as_wan(pipeline: UniViGUPipeline) -> WanPipeline:

@@ -22,7 +22,7 @@ from univigu.transformer import UniViGUTransformer3DModel, VideoCache
 
 TASKS = ("generate", "understand", "joint")
 ORDERS = ("together", "video_first", "text_first")
-VIDEO_SCHEDULERS = ("euler", "unipc", "dpm++")
+VIDEO_SCHEDULERS = ("euler", "stochastic", "unipc", "dpm++", "sde-dpm++")
 
 Path = list[tuple[float, float]]
 
@@ -67,15 +67,21 @@ def text_taus(scheduler: TokenFlowScheduler, num_steps: int) -> list[float]:
 
 
 def video_scheduler(name: str, like):
-    """A flow scheduler for the clip by its short name, with the time shift of another."""
+    """A flow scheduler for the clip by its short name, with the time shift of another.
+
+    "stochastic" takes Euler's guess of the clean clip and draws all of the noise anew at every step, "sde-dpm++" as
+    much of it as keeps the distribution: the errors of a network that is not exact are forgotten with the noise they
+    were made in, where the other solvers add them up."""
     shift = _video_shift(like)
-    if name == "euler":
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    if name in ("euler", "stochastic"):
+        return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=name == "stochastic")
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     if name == "unipc":
         return UniPCMultistepScheduler(**flow)
     if name == "dpm++":
         return DPMSolverMultistepScheduler(**flow)
+    if name == "sde-dpm++":
+        return DPMSolverMultistepScheduler(**flow, algorithm_type="sde-dpmsolver++")
     raise ValueError(f"Unknown scheduler {name!r}: choose one of {', '.join(VIDEO_SCHEDULERS)}.")
 
 
@@ -138,7 +144,8 @@ def walk(
             keys and values are computed once, and each step costs the tokens alone.
         recompute_video_every: reuse the video's keys and values for this many steps although the video does see the
             tokens: an approximation, for models trained without that mask. 1 recomputes always.
-        generator: for flows that draw as they go; its state is part of each step, so that a branch can go on from it.
+        generator: for flows and schedulers that draw as they go; its state is part of each step, so that a branch can
+            go on from it.
     """
     check_path(path)
     total = len(path) - 1
@@ -147,6 +154,7 @@ def walk(
     table = transformer.token_table() if tokens is not None else None
     if video_moves:
         _set_video_times(video_scheduler, path, start, latents.device)
+    scheduler_draws = video_moves and "generator" in inspect.signature(video_scheduler.step).parameters
 
     # A clip that does not change needs one pass; "blind" is the branch without the clip.
     if recompute_video_every is None:
@@ -201,7 +209,8 @@ def walk(
                 clean_latents = latents - (1 - tau_video) * velocity
             if next_video > tau_video:  # equation 17
                 timestep = video_scheduler.timesteps[_video_step(path, step)]
-                latents = video_scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                draws = {"generator": generator} if scheduler_draws else {}
+                latents = video_scheduler.step(velocity, timestep, latents, **draws, return_dict=False)[0]
 
             token_ids = confidence = state_token_ids = None
             if tokens is not None:

@@ -92,7 +92,7 @@ def find_model(name: str | os.PathLike) -> FoundModel:
         return FoundModel("released", location)
     if given == EMBEDDED and not os.path.isdir(location):
         raise ValueError(f"The embedded model is not installed: {location!r} should hold it.")
-    folder = _folder(location, ["model_index.json"])
+    folder = model_folder(location, ["model_index.json"])
     index = folder / "model_index.json"
     if not index.is_file():
         if os.path.isdir(location) and not _checkpoints(folder):
@@ -142,7 +142,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def _folder(location: str, patterns: list[str]) -> Path:
+def model_folder(location: str, patterns: list[str]) -> Path:
     """A local folder, or the Hub repository's files of these patterns."""
     if os.path.isdir(location):
         return Path(location)
@@ -223,7 +223,7 @@ def load_wan(
 
 
 def _prompt_vocabulary(path_or_repo: str | os.PathLike) -> int:
-    path = _folder(os.fspath(path_or_repo), ["text_encoder/config.json"]) / "text_encoder/config.json"
+    path = model_folder(os.fspath(path_or_repo), ["text_encoder/config.json"]) / "text_encoder/config.json"
     if not path.is_file():
         raise ValueError(f"{os.fspath(path_or_repo)!r} holds no text_encoder/config.json, which says its vocabulary.")
     return _read_index(path)["vocab_size"]
@@ -232,7 +232,7 @@ def _prompt_vocabulary(path_or_repo: str | os.PathLike) -> int:
 def _load_wan_pipeline(path_or_repo: str | os.PathLike, dtype: torch.dtype, **components) -> WanPipeline:
     location = os.fspath(path_or_repo)
     parts = {"transformer", "text_encoder", "tokenizer", "vae", "scheduler"} - components.keys()
-    folder = _folder(location, ["model_index.json", *(f"{part}/*" for part in sorted(parts))])
+    folder = model_folder(location, ["model_index.json", *(f"{part}/*" for part in sorted(parts))])
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{location!r} holds no model_index.json, so it is not a Wan pipeline in diffusers' format.")
     index = _read_index(folder / "model_index.json")
@@ -429,7 +429,7 @@ def _checkpoint_file(location: str) -> Path:
         return Path(location)
     if location.endswith((".pth", ".safetensors")):
         raise ValueError(f"There is no checkpoint {location!r}.")
-    found = _checkpoints(_folder(location, ["*.pth", "*.safetensors"]))
+    found = _checkpoints(model_folder(location, ["*.pth", "*.safetensors"]))
     if len(found) != 1:
         held = ", ".join(path.name for path in found) or "none"
         raise ValueError(

@@ -113,7 +113,8 @@ def _seconds_of_steps(run_id: str, ask: Ask, start: Any) -> int:
 def _take_steps(run_id: str, ask: Ask, start: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     pipe = _loaded[ask.model]
     options = dict(ask.settings)
-    scheduler = video_scheduler(options.pop("scheduler"), pipe.scheduler)
+    scheduler = options.pop("scheduler")
+    scheduler = None if scheduler == "own" else video_scheduler(scheduler, pipe.scheduler)
     trajectory = Trajectory(
         task=ask.task, prompt=ask.prompt, seed=ask.seed, settings=ask.settings, fps=pipe.config.default_fps, run=run_id
     )

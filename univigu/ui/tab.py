@@ -21,7 +21,7 @@ MAX_PROMPT_LETTERS = 10_000
 MAX_STEPS = 100
 LARGEST = 4  # a clip may have this many times the pixels of a model's own, so that no visitor takes all the memory
 ORDER_NAMES = {"together": "together", "video_first": "clip first", "text_first": "caption first"}
-SCHEDULER_NAMES = ("Euler", "UniPC", "DPM-Solver++")
+SCHEDULER_NAMES = ("Euler", "Euler, new noise every step", "UniPC", "DPM-Solver++", "DPM-Solver++, stochastic")
 # Runs wait in one line; two at a time take turns step by step, so that a short one need not wait for a long one.
 TURN = {"concurrency_id": "model", "concurrency_limit": 2}
 PRIVATE = {"api_visibility": "private"}
@@ -48,9 +48,8 @@ def settings(task: str, config: Any) -> dict[str, gr.components.Component]:
             choices = [(ORDER_NAMES[order], order) for order in ORDERS]
             fields["order"] = gr.Radio(choices, value="together", label="Path", info="Which of the two clears up first")
         if task != "understand":
-            fields["scheduler"] = gr.Dropdown(
-                list(zip(SCHEDULER_NAMES, VIDEO_SCHEDULERS, strict=True)), value="euler", label="Scheduler"
-            )
+            choices = [("The model's own", "own"), *zip(SCHEDULER_NAMES, VIDEO_SCHEDULERS, strict=True)]
+            fields["scheduler"] = gr.Dropdown(choices, value="own", label="Scheduler")
         # The small model knows one size of clip; Wan knows many.
         with gr.Row(visible=sizes_are_free(config)) as size:
             for name, label, step in (("num_frames", "Frames", 4), ("height", "Height", 16), ("width", "Width", 16)):
@@ -104,7 +103,7 @@ def make_ask(task: str, model: str, values: dict[str, Any], **more: Any) -> Ask:
     if not random_seed and seed is None:
         raise refusal("Please write a seed, or tick “Random”.")
     seed = secrets.randbelow(2**31) if random_seed else int(seed)
-    return Ask(model=model, task=task, seed=seed, settings={"scheduler": "euler", **values}, **more)
+    return Ask(model=model, task=task, seed=seed, settings={"scheduler": "own", **values}, **more)
 
 
 def stream(runs: Runs, ticket: str) -> Iterator[dict[str, Any]]:
