@@ -1,18 +1,21 @@
 """The figures of the app, measured in a real browser: `python tests/e2e/figures.py --model FOLDER`.
 
 Prints one line each: page ready, click to first preview, a run in the page against the same run from Python, bytes a
-step, key press to changed frame against an empty handler, and memory over many runs.
+step, key press to changed frame against an empty handler, and memory over many runs. `--film FILE.gif` draws the moving
+picture of the README instead: the slider going through the run that the page opens with.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 from launching import CHROMIUM, PATIENCE, QUIET, ROOT, running_app
+from PIL import Image
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
 from univigu import UniViGUPipeline
@@ -54,6 +57,7 @@ def main() -> None:
     options.add_argument("--model", default=str(ROOT / "assets" / "toybox"), help="a pipeline folder")
     options.add_argument("--steps", type=int, default=30)
     options.add_argument("--runs", type=int, default=50, help="runs for the memory figure")
+    options.add_argument("--film", type=Path, help="draw this gif of the slider and measure nothing")
     given = options.parse_args()
     folder = Path(tempfile.mkdtemp())
     started = time.perf_counter()
@@ -65,6 +69,10 @@ def main() -> None:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=PATIENCE)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(PATIENCE)
+        if given.film:
+            page.goto(f"{address}?task=joint")
+            draw_film(page, given.film)
+            return
         started = time.perf_counter()
         page.goto(f"{address}?task=joint&prompt={PROMPT}&seed={SEED}&num_inference_steps={given.steps}")
         page.locator("#joint-view .uvg").wait_for()
@@ -130,6 +138,20 @@ def measure_memory(page: Page, devtools: CDPSession, pid: int, runs: int) -> Non
             show(f"memory after {done} runs", f"server {resident:,.0f} MiB, page {heap:.0f} MiB")
         if done < runs:
             page.evaluate(RUN)
+
+
+def draw_film(page: Page, target: Path) -> None:
+    """The viewer at every step, as somebody sees it who holds the arrow key down."""
+    viewer = page.locator("#joint-view .uvg")
+    slider = viewer.get_by_role("slider", name="Step")
+    slider.press("Home")
+    pictures = []
+    for _ in range(int(viewer.get_attribute("data-have")) + 1):
+        picture = Image.open(io.BytesIO(viewer.screenshot())).convert("RGB")
+        pictures.append(picture.quantize(128, dither=Image.Dither.NONE))
+        slider.press("ArrowRight")
+    waits = [700, *[150] * (len(pictures) - 2), 2500]
+    pictures[0].save(target, save_all=True, append_images=pictures[1:], duration=waits, loop=0, optimize=True)
 
 
 def show(what: str, figure: str) -> None:
