@@ -315,10 +315,10 @@ def test_oracle_sees_no_actor_where_there_is_none():
 
 
 def test_oracle_is_less_sure_of_a_poor_likeness(scenes):
-    scene = next(s for s in scenes if len(s.actors) == 1)
-    sharp = render(scene)
-    soft = np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in sharp])
-    assert read(sharp).explained[0] > max([*read(soft).explained, 0.0]) + 0.1
+    for scene in [s for s in scenes if len(s.actors) == 1][:3]:
+        sharp = render(scene)
+        soft = np.stack([cv2.GaussianBlur(frame, (0, 0), 3) for frame in sharp])
+        assert read(sharp).explained[0] > max([*read(soft).explained, 0.0]) + 0.1
 
 
 def test_oracle_refuses_another_shape():
