@@ -14,6 +14,8 @@ from pathlib import Path
 with contextlib.suppress(ImportError):
     import spaces  # noqa: F401  before torch: on ZeroGPU it stands in for CUDA
 
+import torch
+
 from univigu.ui.page import EXAMPLES, build, launch_options
 
 
@@ -34,6 +36,9 @@ def main() -> None:
         help="folder of clips to offer, and of saved runs to show before the first: generate.json, joint.json …",
     )
     given = options.parse_args()
+    # A core for the server and for a browser on the same machine: torch's threads wait for one another by spinning, and
+    # beside a browser on two cores a run of 30 steps takes a third of the time with one of them.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     try:
         demo = build(given.model, given.device, given.examples)
     except ValueError as error:

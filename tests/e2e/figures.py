@@ -1,8 +1,8 @@
 """The figures of the app, measured in a real browser: `python tests/e2e/figures.py --model FOLDER`.
 
 Prints one line each: page ready, click to first preview, a run in the page against the same run from Python, bytes a
-step, key press to changed frame against an empty handler, and memory over many runs. `--film FILE.gif` draws the moving
-picture of the README instead: the slider going through the run that the page opens with.
+step, key press to changed frame against an empty handler, and memory over many runs. `--film FILE.gif` draws a moving
+picture instead: the slider going through the run that the page opens with.
 """
 
 from __future__ import annotations

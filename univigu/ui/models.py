@@ -44,9 +44,6 @@ def prepare(name: str, device: str | None = None) -> UniViGUPipeline:
     """Load the model the app starts with; it stays, others come and go."""
     global _first, _device
     _first, _device = name, device
-    # A core for the server and for a browser on the same machine: torch's threads wait for one another by spinning,
-    # and on two cores a run beside a browser takes 4 s with one of them and 15 with both.
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     return pipeline(name)
 
 
