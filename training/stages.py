@@ -66,7 +66,7 @@ class ModelConfig:
     video_sampling: Literal["euler", "stochastic"] = "euler"  # see sampler.video_scheduler
     caption_flow: Literal["embedding", "mixture"] = "embedding"  # recall
     tokens: dict[str, Any] = field(default_factory=dict)  # recall: arguments of UniViGUTransformer3DModel.from_wan
-    token_flow: dict[str, Any] = field(default_factory=dict)  # recall: arguments of the caption's flow
+    token_flow: dict[str, Any] = field(default_factory=dict)  # recall, refine: arguments of the caption's flow
     pipeline: dict[str, Any] = field(default_factory=dict)  # settings of UniViGUPipeline, such as max_caption_tokens
 
 
@@ -236,14 +236,12 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
             prompt_encoder=not is_cached,
             **model.tokens,
         )
-        if model.token_flow:
-            kind = type(pipeline.token_scheduler)
-            pipeline.register_modules(
-                token_scheduler=kind.from_config(pipeline.token_scheduler.config, **model.token_flow)
-            )
     else:
         left_out = {"text_encoder": None} if is_cached else {}
         pipeline = UniViGUPipeline.from_pretrained(config.stage.start, **left_out)
+    if model.token_flow and stage.starts_from:
+        flow = pipeline.token_scheduler
+        pipeline.register_modules(token_scheduler=type(flow).from_config(flow.config, **model.token_flow))
     if config.stage.from_scratch:
         pipeline.register_modules(transformer=UniViGUTransformer3DModel.from_config(pipeline.transformer.config))
     pipeline.register_modules(scheduler=_scheduler(model))

@@ -71,10 +71,18 @@ class EmbeddingFlowScheduler(TokenFlowScheduler, ConfigMixin):
     * `prediction_type`: what the network's output is: `"logits"` (the clean guess is softmax(logits) E), `"clean"` (the
       clean embedding itself) or `"velocity"` (the paper, literally). The same ODE is integrated in each case.
     * `shift`: the time shift a, in training and in sampling alike; see `caption_shift`. 1 is the paper's uniform time.
+    * `stochastic_sampling`: every step draws the noise anew around the clean guess, where the ODE keeps what it began
+      with. A word that leant the wrong way is then forgotten with its noise, and can still come to fit the others.
     """
 
     @register_to_config
-    def __init__(self, prediction_type: str = "logits", shift: float = 1.0, num_train_timesteps: int = 1000):
+    def __init__(
+        self,
+        prediction_type: str = "logits",
+        shift: float = 1.0,
+        stochastic_sampling: bool = False,
+        num_train_timesteps: int = 1000,
+    ):
         if prediction_type not in ("logits", "clean", "velocity"):
             raise ValueError(f"prediction_type is 'logits', 'clean' or 'velocity', not {prediction_type!r}.")
         _check_shift(shift)
@@ -115,11 +123,12 @@ class EmbeddingFlowScheduler(TokenFlowScheduler, ConfigMixin):
         table: torch.Tensor,
         generator: torch.Generator | None = None,
     ) -> TokenFlowOutput:
-        if self.config.prediction_type == "velocity":
-            velocity = model_output.float()
-        else:
-            velocity = (self.predict_clean(model_output, tau, state, table) - state) / (1 - tau)
         confidence, token_ids = self.logits(model_output, tau, state, table).softmax(-1).max(-1)
+        clean = self.predict_clean(model_output, tau, state, table)
+        if self.config.stochastic_sampling:
+            noise = self.noise(*state.shape[:2], table, generator)
+            return TokenFlowOutput((1 - tau_next) * noise + tau_next * clean, token_ids, confidence)
+        velocity = (clean - state) / (1 - tau)
         return TokenFlowOutput(state + (tau_next - tau) * velocity, token_ids, confidence)  # equation 16
 
     def decode(self, state: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,17 @@ def test_noise_is_added_on_the_straight_line(table):
     torch.testing.assert_close(state, expected)
 
 
+def test_stochastic_sampling_forgets_the_noise_it_came_with(table):
+    """The next state is equation 7 around the clean guess, whatever noise the state had."""
+    ids, flow = token_ids(), EmbeddingFlowScheduler(stochastic_sampling=True)
+    states = [flow.add_noise(ids, 0.3, table, generator(seed)) for seed in (1, 2)]
+    moved = [flow.step(sure_logits(ids), 0.3, 0.5, state, table, generator(9)).prev_sample for state in states]
+    torch.testing.assert_close(*moved)
+    torch.testing.assert_close(moved[0], flow.add_noise(ids, 0.5, table, generator(9)))
+    last = flow.step(sure_logits(ids), 0.5, 1.0, moved[0], table, generator(9)).prev_sample
+    torch.testing.assert_close(last, flow.clean(ids, table))
+
+
 def test_three_predictions_are_one_flow(table):
     """Logits, the clean embedding and the velocity that follows from it take the same step (equation 16)."""
     ids, tau = token_ids(), 0.3
