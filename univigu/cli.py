@@ -264,11 +264,13 @@ def walk_with_bar(stream: Iterator[Step], keep_all: bool) -> tuple[list[Step], b
     bar = None
     try:
         for step in stream:
+            # kept before anything else: Ctrl-C may come at any line
+            if keep_all or not steps:
+                steps.append(step)
+            else:
+                steps[0] = step
             bar = bar or tqdm(total=step.total, unit="step", file=sys.stderr)
             bar.update()
-            if not keep_all:
-                steps.clear()
-            steps.append(step)
     except KeyboardInterrupt:
         return steps, True
     finally:
