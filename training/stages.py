@@ -60,7 +60,8 @@ class ModelConfig:
     """What the stage builds anew; everything else is in the pipeline it starts from."""
 
     vae: str = ""  # pretrain: the folder of a finished autoencoder
-    transformer: dict[str, Any] = field(default_factory=dict)  # pretrain: arguments of UniViGUTransformer3DModel
+    # pretrain: arguments of UniViGUTransformer3DModel; refine: those to change, for parts that start at nothing
+    transformer: dict[str, Any] = field(default_factory=dict)
     prompt_encoder: dict[str, Any] = field(default_factory=dict)  # pretrain: arguments of UMT5Config
     video_shift: float = 3.0  # of the clip's time, in training and sampling; Wan's for 480p
     video_sampling: Literal["euler", "stochastic"] = "euler"  # see sampler.video_scheduler
@@ -239,6 +240,8 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
     else:
         left_out = {"text_encoder": None} if is_cached else {}
         pipeline = UniViGUPipeline.from_pretrained(config.stage.start, **left_out)
+    if model.transformer and stage.starts_from == "captioner":
+        pipeline.register_modules(transformer=grown(pipeline.transformer, model.transformer))
     if model.token_flow and stage.starts_from:
         flow = pipeline.token_scheduler
         pipeline.register_modules(token_scheduler=type(flow).from_config(flow.config, **model.token_flow))
@@ -260,6 +263,15 @@ def new_generator(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Uni
         in_channels=channels, out_channels=channels, text_dim=encoder.config.d_model, **model.transformer
     )
     return UniViGUPipeline(tokenizer, encoder, transformer, vae, _scheduler(model), **model.pipeline)
+
+
+def grown(transformer: UniViGUTransformer3DModel, changed: dict[str, Any]) -> UniViGUTransformer3DModel:
+    """The network with parts that it did not have; what it knew, it still knows."""
+    new = UniViGUTransformer3DModel.from_config(transformer.config, **changed)
+    lost = new.load_state_dict(transformer.state_dict(), strict=False).unexpected_keys
+    if lost:
+        raise ValueError(f"model.transformer leaves no place for {lost[0]}, which stage.start has.")
+    return new
 
 
 def _scheduler(model: ModelConfig) -> FlowMatchEulerDiscreteScheduler:

@@ -70,23 +70,53 @@ class VideoCache:
 
 
 class PatchEmbedding(nn.Conv3d):
-    """Wan's patch convolution, returning (batch, positions, width) so that a context-parallel plan can split it."""
+    """Wan's patch convolution, returning (batch, positions, width) so that a context-parallel plan can split it.
+
+    Rotary positions say how far apart two patches are and never where they are, so in Wan a patch of noise cannot know
+    whether it is sky or ground. `places` (frames, height, width in patches) adds a learned vector for each
+    place; it starts at zero, where the network is Wan's own."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        inner_dim: int,
+        patch_size: tuple[int, ...],
+        places: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__(in_channels, inner_dim, kernel_size=patch_size, stride=patch_size)
+        self.grid = places
+        if places is not None:
+            self.places = nn.Embedding(math.prod(places), inner_dim)
+            nn.init.zeros_(self.places.weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        patches = super().forward(hidden_states)
+        if self.grid is not None:
+            places = self.places.weight.T.unflatten(1, self.grid).unsqueeze(0)
+            if places.shape[2:] != patches.shape[2:]:  # another size of clip
+                places = F.interpolate(places, patches.shape[2:], mode="trilinear", align_corners=True)
+            patches = patches + places
+        return patches.flatten(2).transpose(1, 2).contiguous()
 
 
 class TokenEmbedding(nn.Module):
     """The learnable matrix E of section 3.1, and the way from a token's state into the stream.
 
     `normalize` uses every row at length sqrt(token_dim): the velocity loss alone is smallest at E = 0, and a row whose
-    length cannot change cannot go there."""
+    length cannot change cannot go there. `places` adds a learned vector for each place in the caption, from zero: see
+    `PatchEmbedding`."""
 
-    def __init__(self, vocab_size: int, token_dim: int, inner_dim: int, normalize: bool) -> None:
+    def __init__(
+        self, vocab_size: int, token_dim: int, inner_dim: int, normalize: bool, places: int | None = None
+    ) -> None:
         super().__init__()
         self.normalize = normalize
         self.table = nn.Embedding(vocab_size, token_dim)
         self.proj = nn.Linear(token_dim, inner_dim) if token_dim != inner_dim else nn.Identity()
+        self.places = None
+        if places is not None:
+            self.places = nn.Embedding(places, inner_dim)
+            nn.init.zeros_(self.places.weight)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         if not self.normalize:
@@ -94,8 +124,12 @@ class TokenEmbedding(nn.Module):
         return F.normalize(weight.float(), dim=-1).type_as(weight) * weight.shape[-1] ** 0.5
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        states = tokens if tokens.is_floating_point() else self.rows(self.table(tokens))
-        return self.proj(states)
+        states = self.proj(tokens if tokens.is_floating_point() else self.rows(self.table(tokens)))
+        if self.places is None:
+            return states
+        if states.shape[1] > len(self.places.weight):
+            raise ValueError(f"This network has places for {len(self.places.weight)} tokens, not {states.shape[1]}.")
+        return states + self.places.weight[: states.shape[1]]
 
 
 class TokenHead(nn.Linear):
@@ -365,6 +399,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
     * `token_ffn_dim`: width of the token expert; `None` as the video's.
     * `token_expert_init`: how `from_wan` starts the token expert: `"copy"` of the video expert (the released weights)
       or `"fresh"` (the paper).
+    * `video_places`, `token_places`: the grid of patches and the length of caption for which each place has a vector of
+      its own, see `PatchEmbedding`; `None` is the paper's network, which knows no places.
     """
 
     _supports_gradient_checkpointing = True
@@ -422,6 +458,8 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         normalize_token_embedding: bool = True,
         token_ffn_dim: int | None = None,
         token_expert_init: str = "copy",
+        video_places: tuple[int, int, int] | None = None,
+        token_places: int | None = None,
     ) -> None:
         super().__init__()
         if token_state not in ("embedding", "ids"):
@@ -432,7 +470,7 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         with_tokens = vocab_size is not None
 
         self.rope = WanRotaryPosEmbed(attention_head_dim, patch_size, rope_max_seq_len)
-        self.patch_embedding = PatchEmbedding(in_channels, inner_dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embedding = PatchEmbedding(in_channels, inner_dim, patch_size, video_places)
         self.condition_embedder = WanTimeTextImageEmbedding(
             dim=inner_dim, time_freq_dim=freq_dim, time_proj_dim=inner_dim * 6, text_embed_dim=text_dim
         )
@@ -449,7 +487,9 @@ class UniViGUTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cache
         if with_tokens:
             token_dim = token_dim or inner_dim
             self.token_rope = TokenRotaryPosEmbed(attention_head_dim)
-            self.token_embedding = TokenEmbedding(vocab_size, token_dim, inner_dim, normalize_token_embedding)
+            self.token_embedding = TokenEmbedding(
+                vocab_size, token_dim, inner_dim, normalize_token_embedding, token_places
+            )
             self.token_time_embedding = TokenTimeEmbedding(inner_dim, freq_dim)
             self.token_norm_out = FP32LayerNorm(inner_dim, bias=False)
             self.token_scale_shift_table = nn.Parameter(torch.randn(1, 2, inner_dim) / inner_dim**0.5)

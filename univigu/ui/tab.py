@@ -6,6 +6,8 @@ its turn and streams one small message a step. A ticket, the run's id, links the
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import secrets
 from collections.abc import Callable, Iterator
@@ -188,9 +190,14 @@ def connect(
         fresh = {"seed": secrets.randbelow(2**31), "beside": run.id, "parent": None, "branch_at": None, "caption": None}
         return register(Ask(**{**vars(run.ask), **fresh}), previous)
 
+    def told(current: str) -> Iterator[str]:
+        with contextlib.closing(stream(runs, current)) as messages:
+            for message in messages:
+                yield json.dumps(message)
+
     def follow(event) -> None:
         event.success(
-            lambda current: (yield from stream(runs, current)),
+            told,
             ticket,
             view,
             show_progress="minimal",

@@ -6,6 +6,7 @@ The page calls these functions directly, so everything they are given is checked
 from __future__ import annotations
 
 import base64
+import json
 import tempfile
 from collections.abc import Callable
 from importlib import resources
@@ -35,14 +36,16 @@ ON_LOAD = """
 const host = { steps: server.steps, attend: server.attend, take: server.take,
   trigger: (name, data) => trigger({ branch: 'branch', another: 'another' }[name], data) };
 const viewer = mountTrajectoryViewer(element.querySelector('.uvg'), host);
-viewer.receive(props.value);
-watch('value', () => viewer.receive(props.value));
+const receive = () => viewer.receive(JSON.parse(props.value));
+receive();
+watch('value', receive);
 """
 
 
 def trajectory_view(runs: Runs, value: dict[str, Any] | None = None, **options: Any) -> gr.HTML:
     """Takes viewer messages, one a step, and holds them all in the page.
 
+    Each is a string of JSON: of anything else Gradio's page copies and watches every single word and number.
     A function and not a subclass: Gradio writes a stub file beside every module that subclasses a component."""
 
     def read(name: str) -> str:
@@ -59,7 +62,7 @@ def trajectory_view(runs: Runs, value: dict[str, Any] | None = None, **options: 
         return serve
 
     return gr.HTML(
-        value=value,
+        value=json.dumps(value),
         html_template=read("viewer.html"),
         css_template=read("viewer.css"),
         js_on_load=read("viewer.js") + ON_LOAD,

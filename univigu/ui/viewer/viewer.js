@@ -677,8 +677,15 @@ function mountTrajectoryViewer(root, host) {
   (function tick() {
     if (!root.isConnected) return;
     if (clipPlaying) drawFrames();
-    requestAnimationFrame(tick);
+    setTimeout(() => requestAnimationFrame(tick), untilNextFrame());
   })();
+
+  // To ask for every frame of the screen would keep it, and a core, busy sixty times a second for eight pictures.
+  function untilNextFrame() {
+    const rates = shown.map((_, i) => plates[i].step?.frame?.fps ?? 8);
+    const period = 1000 / Math.max(8, ...rates);
+    return period - ((performance.now() - clipClock) % period);
+  }
 
   function renderEmpty() {
     find(".uvg-tokens").textContent = "";
