@@ -125,6 +125,18 @@ def test_captioner_to_compare_with_learns_from_the_same_clips(world, generator, 
         assert torch.equal(captioner(latents, said)[:, 0].argmax(-1), said[:, 0])
 
 
+def test_refinement_adds_parts_that_start_at_nothing(world, recalled):
+    before = UniViGUPipeline.from_pretrained(recalled)
+    changes = {"transformer": {"video_places": [5, 4, 4]}, "token_flow": {"stochastic_sampling": True}}
+    after = build_stage(stage_run(world, "refine", Path("unused"), recalled, model=changes)).pipeline
+    kept = after.transformer.state_dict()
+    assert not kept.pop("patch_embedding.places.weight").any() and kept.keys() == before.transformer.state_dict().keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in before.transformer.state_dict().items())
+    assert after.token_scheduler.config.stochastic_sampling and after.token_scheduler.config.shift == 1.4
+    with pytest.raises(ValueError, match="leaves no place for blocks"):
+        build_stage(stage_run(world, "refine", Path("unused"), recalled, model={"transformer": {"num_layers": 1}}))
+
+
 def test_a_stage_without_its_start_says_so(world, tmp_path):
     with pytest.raises(ValueError, match=r"stage.start is empty: name the generator"):
         build_stage(stage_run(world, "recall", tmp_path))

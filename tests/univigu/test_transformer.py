@@ -88,6 +88,31 @@ def test_ids_and_their_rows_of_e_are_the_same_tokens():
     torch.testing.assert_close(model.token_table().norm(dim=-1), torch.full((model.config.vocab_size,), 8**0.5))
 
 
+@torch.no_grad()
+def test_places_start_at_nothing_and_then_tell_patches_of_noise_apart():
+    plain, given = tiny_transformer(), inputs()
+    model = UniViGUTransformer3DModel.from_config(plain.config, video_places=(3, 4, 4), token_places=6)
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and all(".places." in name for name in missing)
+    for ours, before in zip(model(**given, return_dict=False), plain(**given, return_dict=False), strict=True):
+        assert torch.equal(ours, before)
+
+    # what is the same everywhere gets nearly the same answer everywhere, whatever a patch's or a word's place
+    given["hidden_states"], given["token_hidden_states"] = torch.ones(2, 4, 3, 8, 8), torch.ones(2, 6, 8)
+    for places in (model.patch_embedding.places, model.token_embedding.places):
+        torch.nn.init.normal_(places.weight)
+    spreads = []
+    for network in (plain, model):
+        video, words = network(**given, return_dict=False)
+        spreads.append((video[0, 0, :, ::2, ::2].std(), words[0, :, 0].std()))
+    assert spreads[0][0] < 0.05 < 0.2 < spreads[1][0] and spreads[0][1] < spreads[1][1] / 5
+
+    larger = model(**inputs(frames=5, size=16, tokens=3))  # clips of other sizes lie on the same grid, stretched
+    assert larger.sample.shape == (2, 4, 5, 16, 16)
+    with pytest.raises(ValueError, match="places for 6 tokens, not 7"):
+        model(**inputs(tokens=7))
+
+
 def test_a_masked_video_does_not_depend_on_the_tokens():
     model, given = tiny_transformer(), inputs()
     given["token_hidden_states"].requires_grad_()
