@@ -65,24 +65,35 @@ def test_the_decoder_learns_on_while_latents_stay_bit_for_bit(trained, tmp_path)
     assert moved == {"decoder", "post_quant_conv"}
 
 
+def through(vae: AutoencoderKLWan, clip: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return decode_clip(vae, encode_clip(vae, clip)[:, :4])
+
+
 def test_a_model_takes_a_decoder_of_its_own_latents_and_no_other(trained, tmp_path):
     finish(trained, tmp_path / "finished", clips=8)
-    learned = learn(objective(str(trained), decoder_alone=True), tmp_path / "decoder")
+    learned = learn(objective(str(tmp_path / "finished"), decoder_alone=True), tmp_path / "decoder")
     vae = AutoencoderKLWan.from_pretrained(tmp_path / "finished")
     _take_decoder(vae, tmp_path / "decoder" / "weights")
     clip = torch.rand(1, 3, 5, 16, 16)
-    with torch.no_grad():
-        made = decode_clip(vae, encode_clip(vae, clip)[:, :4])
-        wanted = decode_clip(learned, encode_clip(learned, clip)[:, :4])
-    torch.testing.assert_close(made, wanted, atol=2e-2, rtol=2e-2)  # half precision on the way
+    torch.testing.assert_close(through(vae, clip), through(learned, clip), atol=2e-2, rtol=2e-2)  # in half precision
     learn(objective(str(trained)), tmp_path / "other")
     with pytest.raises(ValueError, match="makes other latents than the model's: encoder"):
         _take_decoder(vae, tmp_path / "other" / "weights")
 
 
-def test_finished_latents_have_measured_statistics(trained, tmp_path):
-    finish(trained, tmp_path / "finished", clips=8)
-    vae = AutoencoderKLWan.from_pretrained(tmp_path / "finished").eval()
-    mean, std = measure_latents(AutoencoderKLWan.from_pretrained(trained).eval(), seed=0, clips=8)
-    assert vae.config.latents_mean == pytest.approx(mean) and vae.config.latents_std == pytest.approx(std)
-    assert min(std) > 0
+@pytest.mark.parametrize("evenness", [0.0, 0.5, 1.0])
+def test_evened_out_latents_have_the_variances_asked_for_and_decode_as_before(trained, tmp_path, evenness):
+    before = AutoencoderKLWan.from_pretrained(trained).eval()
+    finish(trained, tmp_path / "finished", clips=8, evenness=evenness)
+    after = AutoencoderKLWan.from_pretrained(tmp_path / "finished").eval()
+    clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    torch.testing.assert_close(through(after, clip), through(before, clip), atol=2e-2, rtol=2e-2)
+
+    variances = torch.linalg.eigvalsh(measure_latents(before, 0, clips=8)[1]).flip(0) ** (1 - evenness)
+    mean, covariance = measure_latents(after, 0, clips=8)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=2e-2, rtol=0)
+    torch.testing.assert_close(covariance, torch.diag(variances / variances.mean()), atol=3e-2, rtol=3e-2)
+    assert after.config.latents_mean == [0.0] * 4 and after.config.latents_std == [1.0] * 4
+    with pytest.raises(ValueError, match="evenness is a number from 0"):
+        finish(trained, tmp_path / "finished", clips=8, evenness=2.0)
