@@ -219,7 +219,8 @@ def test_a_saved_run_is_there_before_the_first_one(model, clip, tmp_path):
     )
     with served(model, tmp_path) as url:
         components = json.load(urllib.request.urlopen(url + "config"))["components"]
-    values = {c["props"].get("elem_id"): c["props"].get("value") for c in components if c["type"] == "html"}
+    views = [c["props"] for c in components if str(c["props"].get("elem_id")).endswith("-view")]
+    values = {props["elem_id"]: json.loads(props["value"]) for props in views}
     assert values["understand-view"] == {"run": "example-understand", "event": "example"}
     assert values["joint-view"] is None
 
