@@ -284,9 +284,9 @@ class PromptAttnProcessor:
 def linear_velocity(noisy: torch.Tensor, timestep: torch.Tensor, deviation: float) -> torch.Tensor:
     """The velocity that is best in the mean if a clip's latents are independent numbers of that standard deviation.
 
-    A velocity holds all the noise of its clip, so a network must carry the noise through every layer. Wan is 24 times as
-    wide as its patches have numbers; one that is only as wide has no room left to think. With this added to what the
-    network says, it has the clean clip to say and little of the noise (the skip of Karras et al. 2022)."""
+    A velocity holds all the noise of its clip, so the network carries the noise through every layer. Wan is 24 times as
+    wide as its patches have numbers; one that is only as wide has little room for more. With this added to what it
+    says, it has the clean clip to say and little of the noise (the skip of Karras et al. 2022)."""
     noise = (timestep.float() / 1000).view(-1, *(1,) * (noisy.ndim - 1))  # the noise's share of the state
     clean = (1 - noise) * deviation**2
     return noisy.float() * (noise - clean) / (noise.square() + (1 - noise) * clean)

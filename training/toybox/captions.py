@@ -29,26 +29,15 @@ _KINDS = {
 _COLOURS = {name: (name,) for name in ("red", "orange", "yellow", "green", "blue", "purple", "white")}
 _SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 _DOES = {
-    "left": ("moves left", "moves to the left"),
-    "right": ("moves right", "moves to the right"),
-    "rises": ("rises", "moves up"),
-    "falls": ("falls", "moves down"),
-    "bounces": ("bounces", "hops up and down"),
-    "spins": ("spins", "turns around"),
-    "grows": ("grows", "gets bigger"),
-    "shrinks": ("shrinks", "gets smaller"),
-    "still": ("stays still", "does not move"),
-}
-_DOING = {
-    "left": ("moving left", "moving to the left"),
-    "right": ("moving right", "moving to the right"),
-    "rises": ("rising", "moving up"),
-    "falls": ("falling", "moving down"),
-    "bounces": ("bouncing", "hopping up and down"),
-    "spins": ("spinning", "turning around"),
-    "grows": ("growing", "getting bigger"),
-    "shrinks": ("shrinking", "getting smaller"),
-    "still": ("standing still", "not moving"),
+    "left": ("moves left", "moves to the left", "is moving left", "is moving to the left"),
+    "right": ("moves right", "moves to the right", "is moving right", "is moving to the right"),
+    "rises": ("rises", "moves up", "is rising", "is moving up"),
+    "falls": ("falls", "moves down", "is falling", "is moving down"),
+    "bounces": ("bounces", "hops up and down", "is bouncing", "is hopping up and down"),
+    "spins": ("spins", "turns around", "is spinning", "is turning around"),
+    "grows": ("grows", "gets bigger", "is growing", "is getting bigger"),
+    "shrinks": ("shrinks", "gets smaller", "is shrinking", "is getting smaller"),
+    "still": ("stays still", "does not move", "is standing still", "is not moving"),
 }
 _WHERE = {
     "meadow": ("in a meadow", "over a meadow"),
@@ -71,28 +60,28 @@ _WHEN = {
     "sunset": ("at sunset", "at dusk"),
     "night": ("at night", "under the stars"),
 }
+# No slot's words depend on another's: a caption flow chooses them all at once.
+_JOINS = ("and", "while")
 _TEMPLATES = {
     1: (
         "{actor1} {does1} {where} {when}.",
         "{when}, {actor1} {does1} {where}.",
         "{where} {when}, {actor1} {does1}.",
-        "{actor1} is {doing1} {where} {when}.",
-        "{spot} {when}. {actor1} is {doing1}.",
+        "{spot} {when}. {actor1} {does1}.",
     ),
     2: (
-        "{actor1} {does1} and {actor2} {does2} {where} {when}.",
-        "{when}, {actor1} {does1} {where} while {actor2} {does2}.",
-        "{where} {when}, {actor1} {does1} and {actor2} {does2}.",
-        "{actor1} is {doing1} and {actor2} is {doing2} {where} {when}.",
-        "{spot} {when}. {actor1} is {doing1}, {actor2} is {doing2}.",
+        "{actor1} {does1} {joins} {actor2} {does2} {where} {when}.",
+        "{when}, {actor1} {does1} {where} {joins} {actor2} {does2}.",
+        "{where} {when}, {actor1} {does1} {joins} {actor2} {does2}.",
+        "{spot} {when}. {actor1} {does1}, {actor2} {does2}.",
     ),
 }
 _SLOTS = {"where": ("place", _WHERE), "spot": ("place", _SPOT), "when": ("time", _WHEN)}
-_ACTOR_SLOTS = {"size": _SIZES, "colour": _COLOURS, "kind": _KINDS, "does": _DOES, "doing": _DOING}
+_ACTOR_SLOTS = {"size": _SIZES, "colour": _COLOURS, "kind": _KINDS, "does": _DOES}
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Names place, time and every actor's size, colour, kind and motion, in one of many wordings, any actor first."""
+    """Names place, time and every actor's size, colour, kind and motion in one of many wordings, left to right."""
 
     def say(phrases: dict[str, tuple[str, ...]], value: str) -> str:
         return str(rng.choice(phrases[value]))
@@ -101,11 +90,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         return f"a {say(_SIZES, actor.size)} {say(_COLOURS, actor.colour)} {say(_KINDS, actor.kind)}"
 
     slots = {"where": say(_WHERE, scene.place), "spot": say(_SPOT, scene.place), "when": say(_WHEN, scene.time)}
-    for number, index in enumerate(rng.permutation(len(scene.actors)), start=1):
-        actor = scene.actors[index]
+    slots["joins"] = str(rng.choice(_JOINS))
+    # Were any actor first, a caption flow could bind one's colour to the other's shape before it has settled on either.
+    for number, actor in enumerate(sorted(scene.actors, key=lambda actor: (actor.x, actor.y)), start=1):
         slots[f"actor{number}"] = name(actor)
         slots[f"does{number}"] = say(_DOES, actor.motion)
-        slots[f"doing{number}"] = say(_DOING, actor.motion)
     return str(rng.choice(_TEMPLATES[len(scene.actors)])).format(**slots)
 
 
@@ -118,12 +107,7 @@ def parse_caption(text: str) -> Facts | None:
             continue
         said = {slot: _meaning(slot.rstrip("12"))[phrase] for slot, phrase in found.groupdict().items()}
         actors = tuple(
-            ActorFacts(
-                said[f"kind{n}"],
-                said[f"colour{n}"],
-                said[f"size{n}"],
-                said[f"does{n}"] if f"does{n}" in said else said[f"doing{n}"],
-            )
+            ActorFacts(said[f"kind{n}"], said[f"colour{n}"], said[f"size{n}"], said[f"does{n}"])
             for n in range(1, count + 1)
         )
         return Facts(said["where"] if "where" in said else said["spot"], said["when"], count, actors)
@@ -134,7 +118,8 @@ def caption_phrases() -> list[str]:
     """Every piece of text a caption can contain, for the tokenizer."""
     tables = [table for _, table in _SLOTS.values()] + list(_ACTOR_SLOTS.values())
     phrases = [phrase for table in tables for variants in table.values() for phrase in variants]
-    return ["a", *phrases, *(re.sub(r"{\w+}", " ", template) for group in _TEMPLATES.values() for template in group)]
+    templates = [re.sub(r"{\w+}", " ", template) for group in _TEMPLATES.values() for template in group]
+    return ["a", *_JOINS, *phrases, *templates]
 
 
 @cache
@@ -152,6 +137,8 @@ def _patterns() -> list[tuple[int, re.Pattern[str]]]:
         if slot.startswith("actor"):
             number = slot[-1]
             return "a " + " ".join(expand(f"{part}{number}") for part in ("size", "colour", "kind"))
+        if slot == "joins":
+            return f"(?:{'|'.join(_JOINS)})"
         return f"(?P<{slot}>{'|'.join(map(re.escape, _meaning(slot.rstrip('12'))))})"
 
     return [
