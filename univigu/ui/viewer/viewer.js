@@ -155,6 +155,20 @@ function mountTrajectoryViewer(root, host) {
 
   // ------------------------------------------------------------------------------------------------- what is shown
 
+  // Writing what is already there would still cost the browser a layout, and most of a page is the same at every step.
+  function put(node, values) {
+    for (const [key, value] of Object.entries(values)) if (node[key] !== value) node[key] = value;
+  }
+
+  function putAttributes(node, values) {
+    for (const [key, value] of Object.entries(values))
+      if (node.getAttribute(key) !== String(value)) node.setAttribute(key, value);
+  }
+
+  function putStyle(node, key, value) {
+    if (node.style.getPropertyValue(key) !== String(value)) node.style.setProperty(key, value);
+  }
+
   function show(ids) {
     shown = ids;
     looking = null;
@@ -215,21 +229,26 @@ function mountTrajectoryViewer(root, host) {
     renderSquare();
     renderCurves(total);
     renderTools();
-    root.dataset.step = at;
-    root.dataset.run = shown.at(-1);
-    root.dataset.have = held(runs.get(shown.at(-1)));
-    root.dataset.state = shown.some((id) => runs.get(id).state === "running") ? "running" : runs.get(shown.at(-1)).state;
+    const last = runs.get(shown.at(-1));
+    putAttributes(root, {
+      "data-step": at,
+      "data-run": last.id,
+      "data-have": held(last),
+      "data-state": shown.some((id) => runs.get(id).state === "running") ? "running" : last.state,
+    });
     drawFrames(true);
   }
 
   function renderPlate(plate, run) {
     const step = nearestStep(run, at);
     plate.run = run;
-    plate.prompt.textContent = plate.prompt.title =
-      run.meta.prompt || (run.meta.task === "understand" ? "Describe this clip" : "No prompt");
-    plate.facts.textContent = run.meta.parent ? "branch from step " + (run.meta.branch_at + 1)
-      : run.meta.seed == null ? "" : "seed " + run.meta.seed;
-    plate.title.textContent = { generate: "Prompt, as the model reads it", understand: "Caption" }[run.meta.task] ?? "Caption";
+    const prompt = run.meta.prompt || (run.meta.task === "understand" ? "Describe this clip" : "No prompt");
+    put(plate.prompt, { textContent: prompt, title: prompt });
+    put(plate.facts, {
+      textContent: run.meta.parent ? "branch from step " + (run.meta.branch_at + 1)
+        : run.meta.seed == null ? "" : "seed " + run.meta.seed,
+    });
+    put(plate.title, { textContent: run.meta.task === "generate" ? "Prompt, as the model reads it" : "Caption" });
     if (!step) return;
     if (plate.step !== step || plate.kind !== kind) {
       plate.step = step;
@@ -260,17 +279,21 @@ function mountTrajectoryViewer(root, host) {
       const bare = text.trimStart();
       const sure = kind === "noisy" ? 0 : step.tokens[i][1];
       const isNew = Boolean(wordsBefore) && wordsBefore[i] !== text && text !== "";
-      gap.textContent = text.length > bare.length || text === "" || words[i - 1] === "" ? " " : "";
-      word.textContent = bare === "" ? "·" : bare;
-      word.style.setProperty("--c", sure);
+      put(gap, { textContent: text.length > bare.length || text === "" || words[i - 1] === "" ? " " : "" });
+      put(word, {
+        textContent: bare === "" ? "·" : bare,
+        title: (kind === "noisy" ? "noisy state" : Math.round(100 * sure) + " % sure") + (isNew ? ", changed at this step" : ""),
+      });
+      putStyle(word, "--c", sure.toFixed(2));
       word.classList.toggle("is-new", isNew);
       word.classList.toggle("is-end", bare === "" || (end >= 0 && i >= end));
       word.classList.toggle("is-unsure", kind === "clean" && sure < 0.5 && bare !== "" && (end < 0 || i < end));
-      word.title = (kind === "noisy" ? "noisy state" : Math.round(100 * sure) + " % sure") + (isNew ? ", changed at this step" : "");
       if (clickable) {
-        word.setAttribute("role", "button");
-        word.tabIndex = i === (plate.focusedWord ?? 0) ? 0 : -1;
-        word.setAttribute("aria-pressed", String(looking?.plate === plate && looking.token === i));
+        putAttributes(word, {
+          role: "button",
+          tabindex: i === (plate.focusedWord ?? 0) ? 0 : -1,
+          "aria-pressed": looking?.plate === plate && looking.token === i,
+        });
       } else {
         word.removeAttribute("role");
         word.removeAttribute("tabindex");
@@ -290,8 +313,8 @@ function mountTrajectoryViewer(root, host) {
     if (!step.frame) return;
     const image = picture(step, kind);
     const { width, height, count } = step.frame;
-    plate.element.style.setProperty("--uvg-count", count);
-    plate.element.style.setProperty("--uvg-aspect", width + " / " + height);
+    putStyle(plate.element, "--uvg-count", count);
+    putStyle(plate.element, "--uvg-aspect", width + " / " + height);
     plate.frame.classList.toggle("is-large", width > 160);
     if (!image.complete) {
       image.onload = () => plate.step === step && (drawStrip(plate), drawFrames(true));
@@ -301,9 +324,9 @@ function mountTrajectoryViewer(root, host) {
     const cell = image.naturalWidth / count;
     const gap = Math.max(1, Math.round(cell / 24));
     const strip = plate.strip;
-    strip.width = count * (cell + gap);
-    strip.height = image.naturalHeight;
+    put(strip, { width: Math.floor(count * (cell + gap)), height: image.naturalHeight });
     const pen = strip.getContext("2d");
+    pen.clearRect(0, 0, strip.width, strip.height);
     const heat = heatFor(plate);
     for (let i = 0; i < count; i++) {
       pen.drawImage(image, i * cell, 0, cell, strip.height, i * (cell + gap) + gap / 2, 0, cell, strip.height);
@@ -327,8 +350,7 @@ function mountTrajectoryViewer(root, host) {
       const image = picture(step, kind);
       if (!image.complete || !image.naturalWidth) return;
       const cell = image.naturalWidth / count;
-      if (plate.frame.width !== cell) plate.frame.width = cell;
-      if (plate.frame.height !== image.naturalHeight) plate.frame.height = image.naturalHeight;
+      put(plate.frame, { width: Math.floor(cell), height: image.naturalHeight });
       plate.frame.getContext("2d").drawImage(image, frame * cell, 0, cell, image.naturalHeight, 0, 0, cell, image.naturalHeight);
       plate.frameShown = frame;
       plate.element.dataset.frame = frame;
@@ -348,22 +370,17 @@ function mountTrajectoryViewer(root, host) {
   function renderBar(first, total) {
     const range = find(".uvg-range");
     const step = nearestStep(first, at);
-    range.disabled = !step;
-    range.max = Math.max(1, total - 1);
-    range.value = at;
-    root.style.setProperty("--uvg-at", total > 1 ? at / (total - 1) : 0);
+    put(range, { disabled: !step, max: String(Math.max(1, total - 1)) });
+    put(range, { value: String(at) });
+    // on the range alone: whatever inherits a changed property is styled anew
+    putStyle(range, "--uvg-at", total > 1 ? (at / (total - 1)).toFixed(4) : "0");
     if (!step) return;
     const taus = [step.tau_video.toFixed(2), step.tau_text.toFixed(2)];
     range.setAttribute("aria-valuetext", "step " + (at + 1) + " of " + total + ", clip time " + taus[0] + ", caption time " + taus[1]);
-    const where = find(".uvg-where");
-    const parts = [["b", "", "Step " + (at + 1)], ["span", "", " of " + total + " "], ["span", "uvg-v", " clip τ " + taus[0]],
-      ["span", "uvg-t", "  caption τ " + taus[1]]];
-    where.replaceChildren(...parts.map(([tag, name, text]) => {
-      const part = document.createElement(tag);
-      part.className = name;
-      part.textContent = text;
-      return part;
-    }));
+    put(find(".uvg-where b"), { textContent: "Step " + (at + 1) });
+    put(find(".uvg-where .uvg-of"), { textContent: " of " + total });
+    put(find(".uvg-where .uvg-v"), { textContent: " clip τ " + taus[0] });
+    put(find(".uvg-where .uvg-t"), { textContent: " caption τ " + taus[1] });
     const running = shown.map((id) => runs.get(id)).find((run) => run.state === "running");
     let left = "";
     if (running) {
@@ -371,14 +388,23 @@ function mountTrajectoryViewer(root, host) {
       const seconds = ((performance.now() - running.startedAt) / 1000 / Math.max(1, done - 1)) * (running.meta.total - 1 - newestIndex(running));
       left = done < 2 ? "running" : seconds < 1.5 ? "about a second left" : "about " + Math.round(seconds) + " s left";
     } else if (first.state === "stopped") left = "stopped";
-    find(".uvg-left").textContent = left;
-    find(".uvg-live").setAttribute("aria-pressed", String(live));
+    put(find(".uvg-left"), { textContent: left });
+    putAttributes(find(".uvg-live"), { "aria-pressed": live });
   }
 
-  function svg(name, attributes) {
-    const node = document.createElementNS(SVG, name);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    return node;
+  // Make a group hold these shapes, [name, attributes] each, in the nodes that it has where they fit.
+  function draw(group, shapes) {
+    while (group.children.length > shapes.length) group.lastChild.remove();
+    shapes.forEach(([name, attributes], i) => {
+      let node = group.children[i];
+      if (node?.tagName !== name) {
+        const made = document.createElementNS(SVG, name);
+        if (node) node.replaceWith(made);
+        else group.append(made);
+        node = made;
+      }
+      putAttributes(node, attributes);
+    });
   }
 
   function renderSquare() {
@@ -393,12 +419,12 @@ function mountTrajectoryViewer(root, host) {
       const [video, text] = { generate: [0, 1], understand: [1, 0], joint: [0, 0] }[run.meta.task] ?? [0, 0];
       const start = { tau_video: video, tau_text: text };
       const walked = steps.filter((step) => step.index <= at);
-      nodes.push(svg("path", { class: "uvg-ahead", d: "M" + [start, ...steps].map(spot).join("L") }));
-      nodes.push(svg("path", { class: "uvg-walked" + second, d: "M" + [start, ...walked].map(spot).join("L") }));
+      nodes.push(["path", { class: "uvg-ahead", d: "M" + [start, ...steps].map(spot).join("L") }]);
+      nodes.push(["path", { class: "uvg-walked" + second, d: "M" + [start, ...walked].map(spot).join("L") }]);
       const [x, y] = spot(walked.at(-1) ?? start).split(" ");
-      nodes.push(svg("circle", { class: second.trim(), cx: x, cy: y, r: 5.5 }));
+      nodes.push(["circle", { class: second.trim(), cx: x, cy: y, r: 5.5 }]);
     });
-    find(".uvg-paths").replaceChildren(...nodes);
+    draw(find(".uvg-paths"), nodes);
   }
 
   function renderCurves(total) {
@@ -422,52 +448,56 @@ function mountTrajectoryViewer(root, host) {
       const line = (what) => "M" + run.curves.map((c) => ((300 * c.k) / Math.max(1, total - 1)).toFixed(1) + " " +
         (94 - (86 * c[what]) / scale[what]).toFixed(1)).join("L");
       const second = i ? " uvg-second" : "";
-      if (run.meta.task !== "understand") nodes.push(svg("path", { class: "uvg-video" + second, d: line("video") }));
-      if (run.meta.task !== "generate") nodes.push(svg("path", { class: "uvg-text" + second, d: line("text") }));
+      if (run.meta.task !== "understand") nodes.push(["path", { class: "uvg-video" + second, d: line("video") }]);
+      if (run.meta.task !== "generate") nodes.push(["path", { class: "uvg-text" + second, d: line("text") }]);
       const here = run.curves.findLast((c) => c.k <= at) ?? run.curves[0];
       if (run.meta.task !== "understand") clip.push(Math.round((100 * here.video) / scale.video) + " %");
       if (run.meta.task !== "generate") caption.push(here.text);
     });
-    find(".uvg-key-video").hidden = !clip.length;
-    find(".uvg-key-text").hidden = !caption.length;
-    find(".uvg-key-video").textContent = "clip: " + clip.join(" and ") + " still to go";
-    find(".uvg-key-text").textContent = "caption: " + caption.join(" and ") + (caption.join() === "1" ? " token" : " tokens") + " to change";
-    find(".uvg-lines").replaceChildren(...nodes);
+    put(find(".uvg-key-video"), { hidden: !clip.length, textContent: "clip: " + clip.join(" and ") + " still to go" });
+    put(find(".uvg-key-text"), {
+      hidden: !caption.length,
+      textContent: "caption: " + caption.join(" and ") + (caption.join() === "1" ? " token" : " tokens") + " to change",
+    });
+    draw(find(".uvg-lines"), nodes);
     const x = (300 * at) / Math.max(1, total - 1);
-    find(".uvg-cursor").setAttribute("x1", x);
-    find(".uvg-cursor").setAttribute("x2", x);
+    putAttributes(find(".uvg-cursor"), { x1: x, x2: x });
   }
 
   function renderTools() {
     const run = runs.get(shown.at(-1));
     const step = nearestStep(run, at);
+    const { task } = run.meta;
+    const running = run.state === "running";
     const branch = find(".uvg-branch");
-    branch.hidden = !host?.trigger || !step?.kept;
+    put(branch, { hidden: !host?.trigger || !step?.kept });
     if (!branch.hidden) {
       const last = at >= run.meta.total - 1;
-      find("button", branch).disabled = last || run.state === "running";
-      find("button", branch).textContent = last ? "Pick an earlier step first" : "Run on from step " + (step.index + 1);
-      find(".uvg-branch-caption", branch).hidden = find(".uvg-check", branch).hidden = run.meta.task === "generate";
-      find(".uvg-branch-prompt", branch).hidden = run.meta.task === "understand";
+      put(find("button", branch), {
+        disabled: last || running,
+        textContent: last ? "Pick an earlier step first" : "Run on from step " + (step.index + 1),
+      });
+      put(find(".uvg-branch-caption", branch), { hidden: task === "generate" });
+      put(find(".uvg-check", branch), { hidden: task === "generate" });
+      put(find(".uvg-branch-prompt", branch), { hidden: task === "understand" });
       // Words that someone has begun to edit are theirs; otherwise they follow the step.
       if (branch.dataset.touched !== run.id) {
-        branch.elements.prompt.value = run.meta.prompt ?? "";
-        branch.elements.caption.value = step.text ?? "";
+        put(branch.elements.prompt, { value: run.meta.prompt ?? "" });
+        put(branch.elements.caption, { value: step.text ?? "" });
       }
     }
-    find(".uvg-another").hidden = !host?.trigger || !step?.kept;
-    find(".uvg-another").disabled = run.state === "running";
-    find(".uvg-take").hidden = !host?.take;
-    for (const button of root.querySelectorAll('[data-take="mp4"], [data-take="gif"]')) button.hidden = run.meta.task === "understand";
-    find('[data-take="txt"]').hidden = run.meta.task === "generate";
-    find(".uvg-compare").hidden = find(".uvg-another").hidden && runs.size < 2;
-    find(".uvg-legend-click").hidden = !host?.attend || !step?.kept;
-    find(".uvg-tools").hidden = !root.querySelector(".uvg-card:not([hidden])");
-    const query = new URLSearchParams({ task: run.meta.task, prompt: run.meta.prompt ?? "" });
+    put(find(".uvg-another"), { hidden: !host?.trigger || !step?.kept, disabled: running });
+    put(find(".uvg-take"), { hidden: !host?.take });
+    for (const button of root.querySelectorAll('[data-take="mp4"], [data-take="gif"]')) put(button, { hidden: task === "understand" });
+    put(find('[data-take="txt"]'), { hidden: task === "generate" });
+    put(find(".uvg-compare"), { hidden: find(".uvg-another").hidden && runs.size < 2 });
+    put(find(".uvg-legend-click"), { hidden: !host?.attend || !step?.kept });
+    put(find(".uvg-tools"), { hidden: !root.querySelector(".uvg-card:not([hidden])") });
+    const query = new URLSearchParams({ task, prompt: run.meta.prompt ?? "" });
     if (run.meta.seed != null) query.set("seed", run.meta.seed);
     for (const [key, value] of Object.entries(run.meta.settings ?? {})) query.set(key, value);
-    find(".uvg-link").href = "?" + query;
-    find(".uvg-link-row").hidden = !host?.take || run.meta.task === "understand";
+    putAttributes(find(".uvg-link"), { href: "?" + query });
+    put(find(".uvg-link-row"), { hidden: !host?.take || task === "understand" });
   }
 
   function listRuns() {
