@@ -281,6 +281,9 @@ def _scheduler(model: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 def as_wan(pipeline: UniViGUPipeline) -> WanPipeline:
     """The generator without its captions, as what it is weight for weight: a Wan pipeline."""
     ours = pipeline.transformer
+    for name in ("video_places", "video_skip"):
+        if ours.config[name] is not None:
+            raise ValueError(f"model.transformer has {name}, which Wan does not know: leave it to refine.")
     keys = WanTransformer3DModel._get_init_keys(WanTransformer3DModel)
     transformer = WanTransformer3DModel(**{name: value for name, value in ours.config.items() if name in keys})
     shared = {name: value for name, value in ours.state_dict().items() if not is_token_branch(name)}

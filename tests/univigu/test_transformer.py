@@ -16,7 +16,7 @@ from peft import LoraConfig
 from tiny import tiny_transformer, tiny_wan
 
 from univigu import UniViGUTransformer3DModel
-from univigu.transformer import PRESETS, VideoCache
+from univigu.transformer import PRESETS, VideoCache, linear_velocity
 
 
 def inputs(batch_size=2, frames=3, size=8, tokens=6, seed=0, dtype=torch.float32):
@@ -86,6 +86,28 @@ def test_ids_and_their_rows_of_e_are_the_same_tokens():
     torch.testing.assert_close(by_id.sample, by_row.sample)
     torch.testing.assert_close(by_id.token_sample, by_row.token_sample)
     torch.testing.assert_close(model.token_table().norm(dim=-1), torch.full((model.config.vocab_size,), 8**0.5))
+
+
+@pytest.mark.parametrize("noise_share", [0.05, 0.4, 1.0])
+def test_the_linear_velocity_is_the_best_line_for_independent_numbers(noise_share):
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = 0.5 * torch.randn(200_000, generator=generator), torch.randn(200_000, generator=generator)
+    noisy, velocity = torch.lerp(clean, noise, noise_share), noise - clean
+    best = (noisy * velocity).mean() / noisy.square().mean()
+    ours = linear_velocity(noisy[None], torch.tensor([1000 * noise_share]), 0.5)[0]
+    torch.testing.assert_close(ours, best * noisy, atol=0.05, rtol=0.01)
+
+
+@torch.no_grad()
+def test_a_skip_adds_the_linear_velocity_and_changes_nothing_else():
+    plain, given = tiny_transformer(), inputs()
+    model = UniViGUTransformer3DModel.from_config(plain.config, video_skip=0.5)
+    model.load_state_dict(plain.state_dict())
+    video, tokens = model(**given, return_dict=False)
+    video_before, tokens_before = plain(**given, return_dict=False)
+    added = linear_velocity(given["hidden_states"], given["timestep"], 0.5)
+    torch.testing.assert_close(video, video_before + added)
+    assert torch.equal(tokens, tokens_before)
 
 
 @torch.no_grad()
