@@ -16,6 +16,8 @@ from training.toybox.scenes import Actor, Scene
 
 CAPTION_TOKENS = 32  # words, commas, full stops and the end-of-sequence token
 
+# A caption flow chooses all words at once. So no slot's words depend on another's, and all phrases of a slot have as
+# many words: where one ends and the next begins is then settled by the template alone.
 _KINDS = {
     "ball": ("ball",),
     "box": ("box", "gift"),
@@ -29,38 +31,37 @@ _KINDS = {
 _COLOURS = {name: (name,) for name in ("red", "orange", "yellow", "green", "blue", "purple", "white")}
 _SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 _DOES = {
-    "left": ("moves left", "moves to the left", "is moving left", "is moving to the left"),
-    "right": ("moves right", "moves to the right", "is moving right", "is moving to the right"),
-    "rises": ("rises", "moves up", "is rising", "is moving up"),
-    "falls": ("falls", "moves down", "is falling", "is moving down"),
-    "bounces": ("bounces", "hops up and down", "is bouncing", "is hopping up and down"),
-    "spins": ("spins", "turns around", "is spinning", "is turning around"),
-    "grows": ("grows", "gets bigger", "is growing", "is getting bigger"),
-    "shrinks": ("shrinks", "gets smaller", "is shrinking", "is getting smaller"),
-    "still": ("stays still", "does not move", "is standing still", "is not moving"),
+    "left": ("moves left", "goes left"),
+    "right": ("moves right", "goes right"),
+    "rises": ("is rising", "moves up"),
+    "falls": ("is falling", "moves down"),
+    "bounces": ("is bouncing", "is hopping"),
+    "spins": ("is spinning", "turns around"),
+    "grows": ("is growing", "gets bigger"),
+    "shrinks": ("is shrinking", "gets smaller"),
+    "still": ("stays still", "stands still"),
 }
 _WHERE = {
     "meadow": ("in a meadow", "over a meadow"),
     "desert": ("in the desert", "over the desert"),
-    "sea": ("at sea", "over the sea"),
+    "sea": ("on the sea", "over the sea"),
     "snow": ("in the snow", "over the snow"),
-    "city": ("in the city", "on a city street"),
+    "city": ("in the city", "over the city"),
     "moon": ("on the moon", "over the moon"),
 }
 _SPOT = {
     "meadow": ("a meadow",),
     "desert": ("the desert",),
     "sea": ("the sea",),
-    "snow": ("a snowy land",),
-    "city": ("a city",),
+    "snow": ("the snow",),
+    "city": ("the city",),
     "moon": ("the moon",),
 }
 _WHEN = {
-    "day": ("by day", "during the day"),
+    "day": ("by day", "in daylight"),
     "sunset": ("at sunset", "at dusk"),
-    "night": ("at night", "under the stars"),
+    "night": ("at night", "by night"),
 }
-# No slot's words depend on another's: a caption flow chooses them all at once.
 _JOINS = ("and", "while")
 _TEMPLATES = {
     1: (
