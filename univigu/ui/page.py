@@ -104,7 +104,8 @@ def _model_chooser(model: gr.State, model_name: str, fields: dict[str, dict]) ->
 
 def _open_tab(request: gr.Request):
     task = request.query_params.get("task")
-    return gr.Tabs(selected=task if task in ("generate", "understand", "joint") else "joint")
+    # Without a link nothing is said: by the time this arrives somebody may have opened a tab already.
+    return gr.Tabs(selected=task) if task in ("generate", "understand", "joint") else gr.skip()
 
 
 def _open_link(demo: gr.Blocks, task: str, fields: dict[str, gr.components.Component]) -> None:
