@@ -6,8 +6,10 @@ messages and numpy arrays. Elsewhere the same functions run in place.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -62,17 +64,12 @@ def pipeline(name: str) -> UniViGUPipeline:
 
 
 def steps(run: Run, parent: Run | None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The run's steps as (message, state), one at a time, so that a closer look gets its turn in between."""
+    """The run's steps as (message, state)."""
     start = None if parent is None else state_at(parent, run.ask.branch_at)
     pipeline(run.ask.model)
     taken = _take_steps(run.id, run.ask, start)
     try:
-        while True:
-            with _working:
-                item = next(taken, None)
-            if item is None:
-                return
-            yield item
+        yield from taken
     except torch.OutOfMemoryError:
         raise ValueError(
             "The memory of this device is too small for that; try fewer frames or a smaller size."
@@ -129,8 +126,24 @@ def _take_steps(run_id: str, ask: Ask, start: dict[str, Any] | None) -> Iterator
         pin_caption=ask.pin_caption,
         **options,
     )
-    for step in stream:
-        yield trajectory.message(step), {**_packed(step), "frames": step.final_frames}
+    with contextlib.closing(stream):
+        for step in _ahead(stream):
+            yield trajectory.message(step), {**_packed(step), "frames": step.final_frames}
+
+
+def _ahead(stream: Iterator[Step]) -> Iterator[Step]:
+    """Take each step while the message of the one before is made and sent, which lasts a third as long; one at a time,
+    so that other runs and closer looks get their turn in between."""
+
+    def take() -> Step | None:
+        with _working:
+            return next(stream, None)
+
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(take)
+        while (step := coming.result()) is not None:
+            coming = worker.submit(take)
+            yield step
 
 
 @on_gpu(duration=15)
