@@ -239,7 +239,8 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
         )
     else:
         left_out = {"text_encoder": None} if is_cached else {}
-        pipeline = UniViGUPipeline.from_pretrained(config.stage.start, **left_out)
+        # published in half precision, and the prompt encoder would stay in it
+        pipeline = UniViGUPipeline.from_pretrained(config.stage.start, torch_dtype=torch.float32, **left_out)
     if model.transformer and stage.starts_from == "captioner":
         pipeline.register_modules(transformer=grown(pipeline.transformer, model.transformer))
     if model.token_flow and stage.starts_from:

@@ -99,6 +99,8 @@ def test_refined_model_is_published_in_small_files_that_the_application_loads(wo
     publish(tmp_path / "run/weights", tmp_path / "toybox")
     pipeline = load(tmp_path / "toybox", device="cpu")
     assert pipeline.previewer is not None and pipeline.transformer.dtype == torch.float32
+    again = build_stage(stage_run(world, "refine", Path("unused"), tmp_path / "toybox")).pipeline
+    assert again.transformer.dtype == again.text_encoder.dtype == torch.float32  # stored in half of that
     out = pipeline.joint("a red ball over the sea", num_inference_steps=2, seed=0)
     assert out.frames.shape == (17, 64, 64, 3)
     assert max(path.stat().st_size for path in (tmp_path / "toybox").rglob("*.safetensors")) < 10_000_000
