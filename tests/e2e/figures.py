@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,8 @@ from launching import CHROMIUM, PATIENCE, QUIET, ROOT, running_app
 from PIL import Image
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
-from univigu import UniViGUPipeline
+sys.path.insert(0, str(ROOT))  # where the package lies that `python app.py` finds beside itself
+from univigu import UniViGUPipeline  # noqa: E402
 
 PROMPT, SEED = "a red ball bounces over a meadow", 3
 
