@@ -20,7 +20,7 @@ from PIL import Image
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
 sys.path.insert(0, str(ROOT))  # where the package lies that `python app.py` finds beside itself
-from univigu import UniViGUPipeline  # noqa: E402
+from univigu import UniViGUPipeline
 
 PROMPT, SEED = "a red ball bounces over a meadow", 3
 

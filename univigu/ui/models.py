@@ -126,8 +126,9 @@ def _take_steps(run_id: str, ask: Ask, start: dict[str, Any] | None) -> Iterator
         pin_caption=ask.pin_caption,
         **options,
     )
-    with contextlib.closing(stream):
-        for step in _ahead(stream):
+    # a run that is stopped ends the step that is being taken, and only then its stream
+    with contextlib.closing(stream), contextlib.closing(_ahead(stream)) as steps_taken:
+        for step in steps_taken:
             yield trajectory.message(step), {**_packed(step), "frames": step.final_frames}
 
 
