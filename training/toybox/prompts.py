@@ -1,6 +1,6 @@
 """The brief prompt: part of a scene in the many ways visitors put things, with a record of what it names.
 
-Which parts are named is random, always at least one actor by its kind. The wordings are far richer than those of the
+Which parts are named is random, always all actors by their kinds. The wordings are far richer than those of the
 captions, because people type freely and a word the model never met is lost on it. This file knows nothing of pixels.
 """
 
@@ -314,10 +314,7 @@ def _compose(scene: Scene, rng: np.random.Generator) -> tuple[str, Facts]:
     def choose(options):
         return options[rng.integers(len(options))]
 
-    order = rng.permutation(len(scene.actors))
-    actors = [scene.actors[i] for i in order]
-    if len(actors) == 2 and rng.random() < 0.25:
-        actors = actors[:1]  # a prompt may leave the second actor out, but seldom does
+    actors = list(scene.actors)  # all of them, from left to right: who asks for a ball wants to see one, and no other
     place = scene.place if rng.random() < 0.6 else None
     time = scene.time if rng.random() < 0.45 else None
     where = choose(_WHERE[place]) if place else ""

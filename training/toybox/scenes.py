@@ -150,7 +150,7 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
         held_out = any(combination_is_held_out(kind, colour, motion, place) for kind, colour, _, motion in looks)
         if held_out != (split == "held_out"):
             continue
-        actors = _place_actors(rng, looks)
+        actors = _place_actors(looks)
         if actors is not None:
             sky_x, ground_phase = (float(value) / PHASES for value in rng.integers(PHASES, size=2))
             return Scene(place, time, actors, sky_x, ground_phase)
@@ -161,39 +161,48 @@ def scene_at(seed: int, index: int, split: str) -> Scene:
     return sample_scene(np.random.default_rng([seed, index, zlib.crc32(split.encode())]), split)
 
 
-def _on_grid(low: float, high: float, share: np.ndarray) -> np.ndarray:
-    """Points of the grid between two bounds, from shares of the way from one to the other."""
-    first, last = np.ceil(low / GRID), np.floor(high / GRID)
-    return GRID * np.minimum(first + np.floor(share * (last - first + 1)), last)
+@cache
+def _layout(looks: tuple[tuple[str, str, str], ...]) -> tuple[tuple[float, float], ...] | None:
+    """Where actors of these kinds, sizes and motions stand: of all the points of the grid from which nothing leaves the
+    frame or covers the other, those nearest to where one would look for them; None if there are none.
 
-
-def _place_actors(rng: np.random.Generator, looks: list[tuple[str, ...]]) -> tuple[Actor, ...] | None:
-    """The first of many random layouts in which nothing leaves the frame or covers the other; None if there is none."""
-    tries = 256
-    boxes, centres = [], []
-    for kind, _, size, motion in looks:
+    A prompt does not say where, and a small model that has to choose one of thirty places paints a little of each."""
+    boxes, points, distances = [], [], []
+    for number, (kind, size, motion) in enumerate(looks):
         walk = path(size, motion)
         half_width, half_height = walk.half_extent(kind)
-        low_x, high_x = 1 - (walk.dx - half_width).min(), SIDE - 1 - (walk.dx + half_width).max()
-        low_y, high_y = 1 - (walk.dy - half_height).min(), SIDE - 1 - (walk.dy + half_height).max()
-        x = _on_grid(low_x, high_x, rng.uniform(0, 1, tries))
-        # Flyers like the sky and the others the ground; the second half of the tries takes any height.
-        height = rng.uniform(0, 1, tries)
-        liked = height**2 if kind in FLYING else 1 - 0.35 * height
-        y = _on_grid(low_y, high_y, np.where(np.arange(tries) < tries // 2, liked, height))
-        centres.append((x, y))
+        xs = _grid(1 - (walk.dx - half_width).min(), SIDE - 1 - (walk.dx + half_width).max())
+        ys = _grid(1 - (walk.dy - half_height).min(), SIDE - 1 - (walk.dy + half_height).max())
+        x, y = (axis.ravel() for axis in np.meshgrid(xs, ys))
+        height = 0.2 if kind in FLYING else 0.85  # flyers like the sky and the others the ground
+        liked_x = SIDE / 2 if len(looks) == 1 else SIDE * (1 + 2 * number) / 4  # the first to the left of the second
+        distances.append(np.abs(x - liked_x) + np.abs(y - (ys[0] + height * (ys[-1] - ys[0]))))
+        points.append((x, y))
         boxes.append((x[:, None] + walk.dx, y[:, None] + walk.dy, half_width, half_height))
-    if len(looks) == 2:
-        (xa, ya, wa, ha), (xb, yb, wb, hb) = boxes
-        gap = np.maximum(np.abs(xa - xb) - wa - wb, np.abs(ya - yb) - ha - hb)
-        free = np.flatnonzero((gap > 1.5).all(axis=1))
-        if free.size == 0:
-            return None
-        chosen = free[0]
+    if len(looks) == 1:
+        chosen = (int(distances[0].argmin()),)
     else:
-        chosen = 0
-    facing = rng.random(len(looks)) < 0.5
+        (xa, ya, wa, ha), (xb, yb, wb, hb) = boxes
+        gap = np.maximum(np.abs(xa[:, None] - xb) - wa - wb, np.abs(ya[:, None] - yb) - ha - hb)
+        far = np.where((gap > 1.5).all(axis=2), distances[0][:, None] + distances[1], np.inf)
+        chosen = np.unravel_index(far.argmin(), far.shape)
+        if not np.isfinite(far[chosen]):
+            return None
+    return tuple((float(x[i]), float(y[i])) for (x, y), i in zip(points, chosen, strict=True))
+
+
+def _grid(low: float, high: float) -> np.ndarray:
+    """The points of the grid between two bounds."""
+    return GRID * np.arange(np.ceil(low / GRID), np.floor(high / GRID) + 1)
+
+
+def _place_actors(looks: list[tuple[str, ...]]) -> tuple[Actor, ...] | None:
+    """The actors where they stand, from left to right, facing where they go or else one another."""
+    where = _layout(tuple((kind, size, motion) for kind, _, size, motion in looks))
+    if where is None:
+        return None
+    placed = sorted(zip(where, looks, strict=True))
     return tuple(
-        Actor(*look, float(x[chosen]), float(y[chosen]), look[3] == "left" or (look[3] != "right" and bool(mirror)))
-        for look, (x, y), mirror in zip(looks, centres, facing, strict=True)
+        Actor(*look, x, y, look[3] == "left" or (look[3] != "right" and number == 1))
+        for number, ((x, y), look) in enumerate(placed)
     )
