@@ -187,7 +187,10 @@ def test_a_saved_pipeline_is_the_same_in_a_fresh_process(tmp_path):
     pipe = tiny_pipeline()
     pipe.fit_previewer()
     pipe.save_pretrained(tmp_path / "model")
-    np.save(tmp_path / "expected.npy", pipe.joint("a red ball", seed=0).frames)
+    # Weights in a file lie at other addresses than new ones, and some CPUs then add in another order: a rounding apart.
+    loaded = UniViGUPipeline.from_pretrained(tmp_path / "model").joint("a red ball", seed=0).frames
+    assert np.abs(loaded.astype(int) - pipe.joint("a red ball", seed=0).frames).max() <= 1
+    np.save(tmp_path / "expected.npy", loaded)
     script = f"""
 import numpy as np
 from univigu import UniViGUPipeline
