@@ -187,7 +187,7 @@ def test_a_saved_pipeline_is_the_same_in_a_fresh_process(tmp_path):
     pipe = tiny_pipeline()
     pipe.fit_previewer()
     pipe.save_pretrained(tmp_path / "model")
-    # Weights in a file lie at other addresses than new ones, and some CPUs then add in another order: a rounding apart.
+    # Weights mapped from a file may be added up in another order than new ones, as seen on one CPU: a rounding apart.
     loaded = UniViGUPipeline.from_pretrained(tmp_path / "model").joint("a red ball", seed=0).frames
     assert np.abs(loaded.astype(int) - pipe.joint("a red ball", seed=0).frames).max() <= 1
     np.save(tmp_path / "expected.npy", loaded)

@@ -37,7 +37,7 @@ CHOICES = {
 
 _loaded: dict[str, UniViGUPipeline] = {}
 _loading = threading.Lock()
-_working = threading.Lock()
+_working = threading.Lock()  # taken only where the GPU is: a fork that copied it locked would wait for ever
 _first: str | None = None
 _device: str | None = None
 
@@ -94,8 +94,7 @@ def token_heat(run: Run, index: int, token: int) -> np.ndarray:
     if not 0 <= token < len(state["token_state"][0]):
         raise ValueError(f"There is no token {token + 1} in this caption.")
     pipeline(run.ask.model)
-    with _working:
-        return _look(run.ask.model, run.ask.task, run.ask.prompt, state, token)
+    return _look(run.ask.model, run.ask.task, run.ask.prompt, state, token)
 
 
 def _seconds_of_steps(run_id: str, ask: Ask, start: Any) -> int:
@@ -149,7 +148,8 @@ def _ahead(stream: Iterator[Step]) -> Iterator[Step]:
 
 @on_gpu(duration=15)
 def _look(model: str, task: str, prompt: str, state: dict[str, Any], token: int) -> np.ndarray:
-    return _loaded[model].token_attention(_unpacked(state), token, prompt=prompt, task=task)
+    with _working:
+        return _loaded[model].token_attention(_unpacked(state), token, prompt=prompt, task=task)
 
 
 TENSORS = ("latents", "token_state", "generator_state")
