@@ -17,6 +17,9 @@ from training.trainer import find_checkpoints
 from training.zero import zero_config
 from univigu import UniViGUTransformer3DModel
 
+# Adam makes a step of 1e-2 of any gradient, rounding alone included: on some CPUs a weight is 3e-5 off after four.
+ROUNDING = 2e-4
+
 
 def settings(folder, optim=(), **changes) -> dict:
     top = {key: changes.pop(key) for key in ("trained", "nan_from", "gone_from", "size") if key in changes}
@@ -54,8 +57,10 @@ def together(tmp_path_factory):
     return folder
 
 
-def test_two_processes_with_shards_are_one_process_within_rounding(alone, together):
-    assert difference(alone, together) < 2e-5
+def test_two_processes_with_shards_are_one_process_within_rounding(alone, together, tmp_path):
+    assert difference(alone, together) < ROUNDING
+    run(settings(tmp_path))  # the micro-batch of one process alone
+    assert difference(alone, tmp_path) > 20 * ROUNDING
     start = dict(TinyObjective().flow.transformer.state_dict())
     assert max(float((start[name] - tensor).abs().max()) for name, tensor in weights(alone).items()) > 1e-2
     ours, theirs = log(alone)[-1], log(together)[-1]
@@ -103,7 +108,7 @@ def test_two_processes_share_the_positions_of_every_clip(alone, tmp_path):
     config = settings(tmp_path, {"accumulate": 2}, fsdp=True, context_parallel=2, checkpointing=True)
     for code, output in run_in_processes(config):
         assert code == 0, output
-    assert difference(alone, tmp_path) < 2e-4  # Adam makes a step of any gradient, one of rounding alone too
+    assert difference(alone, tmp_path) < ROUNDING
     assert log(alone)[-1]["validation/output"] == pytest.approx(log(tmp_path)[-1]["validation/output"], rel=1e-4)
 
 
@@ -117,7 +122,7 @@ def test_adapters_in_two_processes_leave_the_rest_as_it_was_bit_for_bit(tmp_path
     for code, output in run_in_processes(settings(tmp_path / "two", trained="lora", size=1, fsdp=True)):
         assert code == 0, output
     run(settings(tmp_path / "one", {"accumulate": 2}, trained="lora", size=1))
-    assert difference(tmp_path / "one", tmp_path / "two") < 2e-5
+    assert difference(tmp_path / "one", tmp_path / "two") < ROUNDING
     start, end = TinyObjective().flow.transformer.state_dict(), weights(tmp_path / "two")
     for name, tensor in start.items():
         adapted = name.endswith(("to_q.weight", "to_v.weight"))
@@ -138,13 +143,13 @@ def test_deepspeed_in_two_processes_is_one_process_within_rounding(alone, tmp_pa
     """Its first half as well: a checkpoint of its own, then one of a process without it."""
     for code, output in run_in_processes(settings(tmp_path / "run", deepspeed=2)):
         assert code == 0, output
-    assert difference(alone, tmp_path / "run") < 2e-5
+    assert difference(alone, tmp_path / "run") < ROUNDING
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     shutil.copytree(alone / "checkpoints/step-00000002", tmp_path / "other/checkpoints/step-00000002")
     assert run(settings(tmp_path / "run", {"accumulate": 2})) == 0
     for code, output in run_in_processes(settings(tmp_path / "other", deepspeed=2)):
         assert code == 0, output
-    assert difference(alone, tmp_path / "run") < 2e-5 and difference(alone, tmp_path / "other") < 2e-5
+    assert difference(alone, tmp_path / "run") < ROUNDING and difference(alone, tmp_path / "other") < ROUNDING
 
 
 def test_deepspeed_is_told_what_the_run_asks_for():
@@ -165,7 +170,7 @@ def test_what_two_saved_one_goes_on_with(alone, together, tmp_path):
     shutil.copytree(together, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     assert run(settings(tmp_path / "run")) == 0  # accumulate=1 is what two processes were given
-    assert difference(tmp_path / "run", alone) < 2e-5
+    assert difference(tmp_path / "run", alone) < ROUNDING
     assert any(line.get("event") == "resume" and line["step"] == 2 for line in log(tmp_path / "run"))
 
 
@@ -175,7 +180,7 @@ def test_what_one_saved_two_go_on_with(alone, tmp_path):
     shutil.rmtree(tmp_path / "run/weights")
     for code, output in run_in_processes(settings(tmp_path / "run", {"accumulate": 2}, fsdp=True)):
         assert code == 0, output
-    assert difference(tmp_path / "run", alone) < 2e-5
+    assert difference(tmp_path / "run", alone) < ROUNDING
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped_bit_for_bit(alone, tmp_path):
