@@ -17,7 +17,7 @@ generation (tau_text = 1), the rest anywhere. It knows nothing of files, pipelin
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -51,6 +51,9 @@ class ObjectiveConfig:
     # generation edge the clean tokens go with it, which is guidance's unconditional branch.
     prompt_dropout: float = 0.1
     prompt_dropout_understand: float = 0.8
+    # What the error of each latent channel counts, made 1 on average; none given: all alike. A small network with room
+    # for some of what a clip holds does well to spend it on what shows.
+    channel_weights: list[float] = field(default_factory=list)
     lambda_video: float = 1.0  # both losses are means over elements, so that 1 and 1 is the paper's balance
     lambda_text: float = 1.0
     # cross_entropy: of the clean prediction. velocity: equation 9, mean squared. both: their sum.
@@ -83,6 +86,15 @@ class FlowObjective(nn.Module):
             raise ValueError(
                 "objective.text_loss 'velocity' needs the embedding flow; ids on their way have no velocity."
             )
+        channels = transformer.config.in_channels
+        weights = settings.channel_weights or [1.0] * channels
+        if len(weights) != channels or min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(
+                f"objective.channel_weights needs {channels} numbers from 0 up, one for each latent channel, "
+                f"not {len(weights)} of which the least is {min(weights):g}."
+            )
+        weights = torch.tensor(weights) * (channels / sum(weights))
+        self.register_buffer("channel_weights", weights.view(1, -1, 1, 1, 1), persistent=False)
         self.transformer, self.prompt_encoder = transformer, prompt_encoder
         self.settings, self.target, self.video_shift = settings, target, video_shift
         self.token_scheduler = token_scheduler
@@ -218,7 +230,7 @@ class FlowObjective(nn.Module):
         tau = shift_tau(_even(len(latents), generator), self.video_shift)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         velocity = self.transformer(_mix(latents, noise, tau), 1000 * (1 - tau), prompts, return_dict=False)[0]
-        loss = F.mse_loss(velocity.float(), noise - latents)
+        loss = self._video_errors(velocity, noise - latents).mean()
         return loss, {"video": loss.detach()}
 
     def _understand(self, latents, prompts, ids, generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,7 +290,7 @@ class FlowObjective(nn.Module):
             project_tokens=False,
             return_dict=False,
         )
-        errors = (velocity.float() - (noise - latents)).square().flatten(1).mean(1)  # equation 6; Wan's sign
+        errors = self._video_errors(velocity, noise - latents)
         for name, part in (("video_generate", errors[:generated]), ("video_joint", errors[generated:])):
             if len(part):
                 figures[name] = part.mean()
@@ -286,6 +298,10 @@ class FlowObjective(nn.Module):
             return errors.mean(), None, self.transformer.token_proj_out(hidden[:, :1]).sum()
         joint = (part[generated:] for part in (hidden, tau_text, state, ids, aim))
         return errors.mean(), self._text_loss(*joint, self.settings.text_loss), torch.zeros((), device=device)
+
+    def _video_errors(self, velocity: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
+        """Equation 6 for each sample; Wan's sign."""
+        return ((velocity.float() - aim).square() * self.channel_weights).flatten(1).mean(1)
 
     # ---- the caption ----
 

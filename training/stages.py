@@ -48,6 +48,9 @@ class StageConfig:
     name: Literal["pretrain", "recall", "refine"]
     start: str = ""  # the pipeline folder or Hub id that the stage begins with
     from_scratch: bool = False  # that pipeline's network with new weights, to see what the old ones are worth
+    # Also the prompt encoder, which pretraining has trained and these stages leave alone: a small one has more to learn
+    # of where words stand. Big ones are not there to be trained; their embeddings come from a cache.
+    train_prompt_encoder: bool = False
     # token_branch: the generator stands still, bit for bit. lora: it changes through adapters beside the token branch.
     trained: Literal["all", "token_branch", "lora"] = "all"
     lora_rank: int = 64
@@ -113,7 +116,9 @@ class StageObjective(torch.nn.Module):
         self.train_data, self.batch_size = data.train, config.run.batch_size
         encoder = pipeline.text_encoder if isinstance(data.empty_prompt, tuple) else None
         if encoder is not None:
-            encoder.requires_grad_(stage.trains_prompt_encoder)
+            encoder.requires_grad_(stage.trains_prompt_encoder or config.stage.train_prompt_encoder)
+        elif config.stage.train_prompt_encoder:
+            raise ValueError("stage.train_prompt_encoder needs data whose prompts are not embedded beforehand.")
         network = pipeline.transformer.requires_grad_(True).train()
         if config.stage.trained == "token_branch":
             for name, parameter in network.named_parameters():

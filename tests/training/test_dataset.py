@@ -55,6 +55,16 @@ def test_items_are_a_function_of_their_position(world):
     assert [data.scene_index(i) for i in range(TRAIN)] != [data.scene_index(i) for i in range(TRAIN, 2 * TRAIN)]
 
 
+def test_training_can_begin_with_one_actor_and_prompts_that_leave_nothing_open(world):
+    tokenizer, latents = build_tokenizer(), LatentCache(world / "cache", "train")
+    data = ToyLatents(latents, "train", 0, tokenizer, shuffled=True, most_actors=1, detailed_prompts=1.0)
+    single = [i for i in range(TRAIN) if len(scene_at(0, i, "train").actors) == 1]
+    assert 0 < len(single) < TRAIN and sorted(map(data.scene_index, range(len(single)))) == single
+    for position in range(2 * len(single)):
+        said = parse_caption(tokenizer.decode(data[position]["prompt_ids"], skip_special_tokens=True))
+        assert said == facts(scene_at(0, data.scene_index(position), "train"))
+
+
 def test_words_are_new_at_every_visit_and_always_true(world):
     tokenizer = build_tokenizer()
     data = ToyLatents(LatentCache(world / "cache", "train"), "train", 0, tokenizer, shuffled=True)

@@ -69,6 +69,15 @@ def test_the_prompt_encoder_is_not_loaded_and_yet_exported(folder, recalled):
     for name, start in (("recall", "generator"), ("refine", "recall/weights")):
         config = load_config(StageRun, "cpu", [*places, f"stage.start={folder / start}"], name)
         assert build_stage(config).pipeline.text_encoder is None
+    with pytest.raises(ValueError, match="prompts are not embedded beforehand"):
+        build_stage(
+            load_config(
+                StageRun,
+                "cpu",
+                [*places, f"stage.start={folder / 'generator'}", "stage.train_prompt_encoder=true"],
+                "recall",
+            )
+        )
     encoder = UniViGUPipeline.from_pretrained(str(recalled / "weights")).text_encoder
     start = load_file(folder / "generator/text_encoder/model.safetensors")
     assert all((encoder.state_dict()[name] == tensor).all() for name, tensor in start.items())

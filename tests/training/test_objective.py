@@ -124,6 +124,21 @@ def test_without_a_target_it_is_a_video_generator():
     assert all(name.startswith("video_at_") and name.endswith("_1") for name in grid)
 
 
+def test_channels_count_what_they_are_given():
+    model, data = network(), batch()
+    for extra in ({"model": network(vocab_size=None), "target": None}, {"model": model, **GENERATE}):
+        alike = objective(**extra)(data, draw())[1]["video"]
+        assert objective(**extra, channel_weights=[2.0] * 4)(data, draw())[1]["video"] == alike
+        alone = [
+            objective(**extra, channel_weights=[float(i == channel) for i in range(4)])(data, draw())[1]["video"]
+            for channel in range(4)
+        ]
+        assert torch.allclose(sum(alone) / 4, alike, rtol=1e-5) and max(alone) > 1.05 * min(alone)
+    for wrong in ([1.0] * 3, [0.0] * 4, [-1.0, 1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="channel_weights needs 4 numbers from 0 up"):
+            objective(channel_weights=wrong)
+
+
 def test_dropping_the_prompt_takes_it_from_every_part():
     def felt(**settings) -> float:
         data = batch()

@@ -74,6 +74,13 @@ def test_recall_starts_from_the_generator_and_freezes_its_prompt_encoder(world, 
     assert after.token_scheduler.config.shift == 1.4 and after.config.prompt_as_tokens
 
 
+def test_a_small_prompt_encoder_can_learn_on(world, recalled, tmp_path):
+    run(stage_run(world, "refine", tmp_path / "run", recalled, stage={"train_prompt_encoder": True}))
+    before, after = (UniViGUPipeline.from_pretrained(folder) for folder in (recalled, tmp_path / "run/weights"))
+    for a, b in zip(before.text_encoder.parameters(), after.text_encoder.parameters(), strict=True):
+        assert not torch.equal(a, b)
+
+
 def test_recall_from_scratch_has_new_weights_and_the_old_prompt_encoder(world, generator):
     known = build_stage(stage_run(world, "recall", Path("unused"), generator)).pipeline
     new = build_stage(stage_run(world, "recall", Path("unused"), generator, stage={"from_scratch": True})).pipeline

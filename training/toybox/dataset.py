@@ -42,6 +42,8 @@ _BATCH = 8
 class ToyDataConfig:
     cache: str = "cache/toybox"
     seed: int = 0  # of the order of clips and the wording of texts; that of the scenes is the cache's
+    most_actors: int = 2  # 1: training sees only clips with one actor
+    detailed_prompts: float = 0.0  # share of training's prompts that are detailed captions and leave nothing open
     validation_clips: int = 64  # to caption
     validation_prompts: int = 8  # to show; the oracle needs a second for each clip
 
@@ -232,10 +234,25 @@ class ToyLatents(Dataset):
     """
 
     def __init__(
-        self, latents: LatentCache, split: str, seed: int, tokenizer, shuffled: bool, count: int | None = None
+        self,
+        latents: LatentCache,
+        split: str,
+        seed: int,
+        tokenizer,
+        shuffled: bool,
+        count: int | None = None,
+        most_actors: int = 2,
+        detailed_prompts: float = 0.0,
     ):
         self.latents, self.split, self.seed, self.tokenizer, self.shuffled = latents, split, seed, tokenizer, shuffled
         self.count = 2**62 if shuffled else min(count or len(latents), len(latents))
+        self.detailed_prompts = detailed_prompts
+        self.clips = np.arange(len(latents))
+        if most_actors < 2:
+            drawn_from = latents.settings["seed"]
+            self.clips = np.array(
+                [i for i in self.clips if len(_scene(drawn_from, int(i), split).actors) <= most_actors]
+            )
 
     def __len__(self) -> int:
         return self.count
@@ -243,14 +260,16 @@ class ToyLatents(Dataset):
     def scene_index(self, position: int) -> int:
         if not self.shuffled:
             return position
-        around, inside = divmod(position, len(self.latents))
-        return int(_order(self.seed, around, len(self.latents))[inside])
+        around, inside = divmod(position, len(self.clips))
+        return int(self.clips[_order(self.seed, around, len(self.clips))[inside]])
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         index = self.scene_index(position)
         scene = _scene(self.latents.settings["seed"], index, self.split)
         rng = np.random.default_rng([self.seed, position, zlib.crc32(self.split.encode())])
-        detailed, prompt = (self.tokenizer(text(scene, rng)).input_ids for text in (caption, brief))
+        detailed, prompt, whole = (self.tokenizer(text(scene, rng)).input_ids for text in (caption, brief, caption))
+        if rng.random() < self.detailed_prompts and len(whole) <= PROMPT_TOKENS:
+            prompt = whole
         padded = prompt + [self.tokenizer.pad_token_id] * (PROMPT_TOKENS - len(prompt))
         return {
             "latents": self.latents[index],
@@ -290,7 +309,15 @@ def open_toybox(config: ToyDataConfig, pipeline: UniViGUPipeline) -> StageData:
         )
     empty = tokenizer("", padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt")
     return StageData(
-        train=ToyLatents(train, "train", config.seed, tokenizer, shuffled=True),
+        train=ToyLatents(
+            train,
+            "train",
+            config.seed,
+            tokenizer,
+            shuffled=True,
+            most_actors=config.most_actors,
+            detailed_prompts=config.detailed_prompts,
+        ),
         held_out=ToyLatents(held_out, "held_out", config.seed, tokenizer, False, config.validation_clips),
         empty_prompt=(empty.input_ids[0], empty.attention_mask[0]),
         probe=ToyProbe(held_out, config.validation_clips, config.validation_prompts),

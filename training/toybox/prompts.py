@@ -337,9 +337,9 @@ def _compose(scene: Scene, rng: np.random.Generator) -> tuple[str, Facts]:
         named_actors = tuple(
             ActorFacts(
                 actor.kind,
-                actor.colour if rng.random() < 0.8 else None,
-                actor.size if rng.random() < 0.3 else None,
-                actor.motion if rng.random() < 0.65 else None,
+                actor.colour if rng.random() < 0.9 else None,
+                actor.size if rng.random() < 0.4 else None,
+                actor.motion if rng.random() < 0.8 else None,
             )
             for actor in actors
         )
