@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--count", type=int, default=512, help="held-out scenes")
     command.add_argument("--seed", type=int, default=1, help="of the scenes, prompts and noise")
     command.add_argument("--steps", type=int, default=30)
-    command.add_argument("--guidance", type=float, default=3.0)
+    command.add_argument("--guidance", type=float, help="of the prompt; left out, the model's own")
     command.add_argument("--captioner", type=Path, help="the folder of the autoregressive captioner to compare with")
     command.add_argument("--generator", type=Path, help="the folder of the video-only generator to compare with")
     command.add_argument("--processes", type=int, default=1, help="for reading clips with the oracle")

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from math import sqrt
 from pathlib import Path
@@ -40,7 +40,7 @@ class EvaluationConfig:
     count: int = 512  # held-out scenes, the same for every figure
     seed: int = 1  # of scenes, prompts and noise; training's scenes have seed 0
     steps: int = 30
-    guidance_scale: float = 3.0
+    guidance_scale: float | None = None  # of the prompt; None is the model's own
     captioner: Path | None = None  # training.baselines
     generator: Path | None = None  # a pipeline that makes clips without captions
     processes: int = 1  # for the oracle
@@ -75,6 +75,8 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
         target.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     pipeline = _load(folder)
+    if settings.guidance_scale is None:
+        settings = replace(settings, guidance_scale=pipeline.config.default_guidance_scale)
     scenes = [scene_at(settings.seed, index, "held_out") for index in range(settings.count)]
     truth = [facts(scene) for scene in scenes]
     prompts = [brief_with_facts(s, np.random.default_rng([settings.seed, i])) for i, s in enumerate(scenes)]
@@ -118,7 +120,12 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
         # generation: what the prompt names, read by the oracle
         tables = {"chance": _shares(named, _others(settings))}
         tables["true_clips"] = _shares(named, truth)
-        tables["ours"] = _shares(named, look(decode(pipeline, made(pipeline, "generate")[0])))
+        shown = look(decode(pipeline, made(pipeline, "generate")[0]))
+        tables["ours"] = _shares(named, shown)
+        for number, name in enumerate(("one_actor", "two_actors"), 1):  # the second is the harder half
+            part = [i for i, scene in enumerate(truth) if scene.count == number]
+            if part:
+                tables[f"ours_{name}"] = _shares([named[i] for i in part], [shown[i] for i in part])
         if settings.generator is not None:
             other = _load(settings.generator)
             result["parameters"]["generator"] = _size(other.transformer)
@@ -265,11 +272,11 @@ def _autoregressive(folder: Path, latents: torch.Tensor, pipeline: UniViGUPipeli
 
 def _speed(pipeline: UniViGUPipeline, prompt: str, clip: np.ndarray, settings: EvaluationConfig) -> dict:
     """Seconds of one run through the pipeline itself, decoding included: the best of three."""
-    steps = settings.steps
+    steps, scale = settings.steps, settings.guidance_scale
     runs = {
-        "generate": lambda: pipeline.generate(prompt, num_inference_steps=steps, guidance_scale=3.0, seed=0),
+        "generate": lambda: pipeline.generate(prompt, num_inference_steps=steps, guidance_scale=scale, seed=0),
         "understand": lambda: pipeline.understand(clip, num_inference_steps=steps, seed=0),
-        "joint": lambda: pipeline.joint(prompt, num_inference_steps=steps, guidance_scale=3.0, seed=0),
+        "joint": lambda: pipeline.joint(prompt, num_inference_steps=steps, guidance_scale=scale, seed=0),
     }
     speed: dict = {
         "device": str(pipeline.device),
