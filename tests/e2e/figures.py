@@ -147,6 +147,7 @@ def draw_film(page: Page, target: Path) -> None:
     """The viewer at every step, as somebody sees it who holds the arrow key down."""
     viewer = page.locator("#joint-view .uvg")
     slider = viewer.get_by_role("slider", name="Step")
+    page.wait_for_function("document.querySelector('#joint-view .uvg')?.dataset.have > 0")
     slider.press("Home")
     pictures = []
     for _ in range(int(viewer.get_attribute("data-have")) + 1):
