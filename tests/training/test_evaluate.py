@@ -103,7 +103,10 @@ def test_one_command_writes_the_whole_table(pipeline, tmp_path, capsys):
     assert main(command) == 0
     result = json.loads((tmp_path / "model/evaluation/evaluation.json").read_text())
     assert set(result["understanding"]) == {"chance", "majority", "ours", "clip_replaced_by_noise", "captioner"}
-    assert set(result["generation"]) == {"chance", "true_clips", "ours", "generator"}
+    apart = {"ours_one_actor", "ours_two_actors"} & set(result["generation"])
+    assert set(result["generation"]) == {"chance", "true_clips", "ours", "generator", *apart} and apart
+    ours, parts = result["generation"]["ours"], [result["generation"][name] for name in apart]
+    assert all(sum(part["whole"][key] for part in parts) == ours["whole"][key] for key in ("right", "total"))
     assert result["generation"]["true_clips"]["whole"]["share"] == 1.0
     assert result["oracle"]["true_clips"]["attributes"]["share"] > 0.9
     assert result["understanding"]["ours"]["grammatical"]["total"] == 2
