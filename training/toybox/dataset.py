@@ -267,9 +267,10 @@ class ToyLatents(Dataset):
         index = self.scene_index(position)
         scene = _scene(self.latents.settings["seed"], index, self.split)
         rng = np.random.default_rng([self.seed, position, zlib.crc32(self.split.encode())])
-        detailed, prompt, whole = (self.tokenizer(text(scene, rng)).input_ids for text in (caption, brief, caption))
-        if rng.random() < self.detailed_prompts and len(whole) <= PROMPT_TOKENS:
-            prompt = whole
+        detailed, prompt = (self.tokenizer(text(scene, rng)).input_ids for text in (caption, brief))
+        if rng.random() < self.detailed_prompts:
+            whole = self.tokenizer(caption(scene, rng)).input_ids
+            prompt = whole if len(whole) <= PROMPT_TOKENS else prompt
         padded = prompt + [self.tokenizer.pad_token_id] * (PROMPT_TOKENS - len(prompt))
         return {
             "latents": self.latents[index],
