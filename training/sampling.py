@@ -13,9 +13,9 @@ from collections import deque
 import numpy as np
 import torch
 
-from training.vae import decode_clip
 from univigu import UniViGUPipeline
 from univigu.sampler import Guidance, make_path, text_taus, video_taus, walk
+from univigu.whole_clip import decode_clip
 
 
 @torch.no_grad()

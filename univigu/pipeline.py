@@ -46,11 +46,14 @@ from univigu.token_flow import TokenFlowScheduler
 from univigu.trajectory import Step, Trajectory
 from univigu.transformer import UniViGUTransformer3DModel
 from univigu.video import read_video
+from univigu.whole_clip import decode_clip, encode_clip
 
 if is_ftfy_available():
     import ftfy
 
 logger = logging.get_logger(__name__)
+
+WHOLE_CLIP_PIXELS = 2**18  # three times the small model's clips, a hundredth of Wan's
 
 
 @dataclass
@@ -519,14 +522,25 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """uint8 frames to clean latents."""
         pixels = torch.from_numpy(frames).to(self._execution_device).permute(3, 0, 1, 2).unsqueeze(0)
         pixels = (pixels.float() / 127.5 - 1).to(self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode().float()
-        return self._scale(latents, into_latents=True)
+        if self._takes_whole(pixels[0, 0].numel()):
+            latents = encode_clip(self.vae, pixels).chunk(2, dim=1)[0]
+        else:
+            latents = self.vae.encode(pixels).latent_dist.mode()
+        return self._scale(latents.float(), into_latents=True)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> np.ndarray:
         """Clean latents to uint8 frames, through the autoencoder."""
-        latents = self._scale(latents.to(self._execution_device), into_latents=False)
-        return _to_frames(self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0])
+        latents = self._scale(latents.to(self._execution_device), into_latents=False).to(self.vae.dtype)
+        scale = self.vae_scale_factor_temporal * self.vae_scale_factor_spatial**2
+        if self._takes_whole(latents[0, 0].numel() * scale):
+            return _to_frames(decode_clip(self.vae, latents))
+        return _to_frames(self.vae.decode(latents, return_dict=False)[0])
+
+    def _takes_whole(self, pixels: int) -> bool:
+        """Whether the autoencoder takes a clip of so many pixels at once: if it is small, and nobody asked for tiles or
+        for weights that are only there during a call."""
+        return pixels <= WHOLE_CLIP_PIXELS and not self.vae.use_tiling and not hasattr(self.vae, "_hf_hook")
 
     @torch.no_grad()
     def preview(self, latents: torch.Tensor) -> np.ndarray:

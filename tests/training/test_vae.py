@@ -9,7 +9,8 @@ from diffusers import AutoencoderKLWan
 from training.config import OptimConfig, RunConfig
 from training.toybox.publish import _take_decoder
 from training.trainer import train
-from training.vae import VAEObjective, VAEObjectiveConfig, decode_clip, encode_clip, finish, measure_latents
+from training.vae import VAEObjective, VAEObjectiveConfig, finish, measure_latents
+from univigu.whole_clip import decode_clip, encode_clip
 
 MODEL = {
     "patch_size": 2,
@@ -43,19 +44,6 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     learn(objective(), folder)
     return folder / "weights"
-
-
-@pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("frames", [1, 5, 9])
-def test_a_whole_clip_gives_the_numbers_of_chunk_by_chunk(residual, frames):
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(**{**MODEL, "is_residual": residual}).eval()
-    clip = torch.rand(2, 3, frames, 16, 16) * 2 - 1
-    with torch.no_grad():
-        latents = vae.encode(clip).latent_dist
-        torch.testing.assert_close(encode_clip(vae, clip), latents.parameters, atol=1e-4, rtol=1e-4)
-        decoded = decode_clip(vae, latents.mean).clamp(-1, 1)
-        torch.testing.assert_close(decoded, vae.decode(latents.mean).sample, atol=1e-4, rtol=1e-4)
 
 
 def test_the_decoder_learns_on_while_latents_stay_bit_for_bit(trained, tmp_path):

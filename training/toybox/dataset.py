@@ -32,8 +32,9 @@ from training.toybox.captions import CAPTION_TOKENS, caption
 from training.toybox.prompts import PROMPT_TOKENS, brief
 from training.toybox.render import render
 from training.toybox.scenes import SPLITS, scene_at
-from training.vae import encode_clip, to_tensor
+from training.vae import to_tensor
 from univigu import UniViGUPipeline
+from univigu.whole_clip import encode_clip
 
 _BATCH = 8
 
