@@ -471,8 +471,9 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if cut:
             logger.warning(f"The prompt is longer than {length} tokens; left out: {cut!r}")
         inputs = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        mask = inputs.attention_mask.to(self._execution_device)
-        embeds = self.text_encoder(inputs.input_ids.to(self._execution_device), mask).last_hidden_state
+        inputs = inputs.to(self._execution_device)
+        mask = inputs.attention_mask
+        embeds = self.text_encoder(inputs.input_ids, mask).last_hidden_state
         if self.config.zero_prompt_padding:
             embeds = embeds * mask.unsqueeze(-1).to(embeds.dtype)
         return embeds.to(self.transformer.dtype)

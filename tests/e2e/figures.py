@@ -93,6 +93,27 @@ def measure_runs(page: Page, devtools: CDPSession, model: str, steps: int) -> No
     pipe = UniViGUPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     pipe.joint(PROMPT, num_inference_steps=2, seed=SEED)
+
+    def in_python(**kept: bool) -> float:
+        started = time.perf_counter()
+        run = pipe.joint(PROMPT, num_inference_steps=steps, seed=SEED, **kept)
+        if kept:
+            run.trajectory.messages()
+        return time.perf_counter() - started
+
+    times = []
+    for _ in range(5):  # taking turns, so that other load on the machine meets all alike
+        times.append((*page.evaluate(RUN), 1000 * in_python(keep_trajectory=True), 1000 * in_python()))
+    first, whole, alike, bare = (statistics.median(column) / 1000 for column in zip(*times, strict=True))
+    show("click to first preview", f"{first:.2f} s (median of 5)")
+    show(f"{steps}-step joint run", f"{whole:.2f} s in the page")
+    show("the same from Python", f"{alike:.2f} s with every step's pictures and words: {whole / alike:.2f} x")
+    show("its end alone", f"{bare:.2f} s: {whole / bare:.2f} x")
+    show("bytes a step", f"{received_in_a_run(page, devtools) / steps:,.0f}")
+
+
+def received_in_a_run(page: Page, devtools: CDPSession) -> int:
+    """What the stream of a run's steps sends. A run apart: a browser that counts takes longer."""
     streams, received = set(), []
     devtools.send("Network.enable")
     devtools.on(
@@ -103,17 +124,9 @@ def measure_runs(page: Page, devtools: CDPSession, model: str, steps: int) -> No
         "Network.dataReceived",
         lambda event: received.append(event["dataLength"]) if event["requestId"] in streams else None,
     )
-    in_page, in_python = [], []
-    for _ in range(5):  # taking turns, so that other load on the machine meets both alike
-        in_page.append(page.evaluate(RUN))
-        started = time.perf_counter()
-        pipe.joint(PROMPT, num_inference_steps=steps, seed=SEED)
-        in_python.append(time.perf_counter() - started)
-    first = statistics.median(first for first, _ in in_page) / 1000
-    whole, alone = statistics.median(whole for _, whole in in_page) / 1000, statistics.median(in_python)
-    show("click to first preview", f"{first:.2f} s (median of 5)")
-    show(f"{steps}-step joint run", f"{whole:.2f} s in the page, {alone:.2f} s from Python: {whole / alone:.2f} x")
-    show("bytes a step", f"{sum(received) / len(in_page) / steps:,.0f}")
+    page.evaluate(RUN)
+    devtools.send("Network.disable")
+    return sum(received)
 
 
 def measure_keys(page: Page) -> None:

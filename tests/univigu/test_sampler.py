@@ -11,7 +11,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from tiny import tiny_transformer
 
-from univigu import EmbeddingFlowScheduler, MixtureFlowScheduler
+from univigu import EmbeddingFlowScheduler, MixtureFlowScheduler, sampler
 from univigu.sampler import Guidance, check_path, make_path, text_taus, video_scheduler, video_taus, walk
 
 VOCAB, DIM, LENGTH = 26, 8, 6
@@ -265,14 +265,28 @@ def count_calls(network):
     return calls
 
 
-@pytest.mark.parametrize("guidance, calls_a_step", [(Guidance(), 1), (Guidance(video=3), 2), (Guidance(3, 2), 3)])
-def test_guidance_costs_what_it_does(guidance, calls_a_step):
+@pytest.mark.parametrize("places, pair", [(sampler.SMALL_LATENTS, 1), (0, 2)])
+@pytest.mark.parametrize("guidance, others", [(Guidance(), 0), (Guidance(video=3), 0), (Guidance(3, 2), 1)])
+def test_guidance_costs_what_it_does(monkeypatch, guidance, others, places, pair):
+    monkeypatch.setattr(sampler, "SMALL_LATENTS", places)
     network = tiny_transformer()
     calls = count_calls(network)
     steps = list(tiny_walk(joint_path("euler", 3), network, guidance=guidance))
-    assert len(calls) == 3 * calls_a_step
+    assert len(calls) == 3 * (others + (1 if guidance == Guidance() else pair))
     plain = list(tiny_walk(joint_path("euler", 3)))
     assert torch.equal(plain[-1].latents, steps[-1].latents) == (guidance == Guidance())
+
+
+@pytest.mark.parametrize("task", ["joint", "generate"])
+def test_both_branches_of_guidance_in_one_pass_are_the_two_passes(monkeypatch, task):
+    network = tiny_transformer()
+    path = make_path(task, video_taus(SCHEDULERS["euler"](), 3), text_taus(EmbeddingFlowScheduler(), 3))
+    once = list(tiny_walk(path, network, guidance=Guidance(video=3)))
+    monkeypatch.setattr(sampler, "SMALL_LATENTS", 0)
+    twice = list(tiny_walk(path, network, guidance=Guidance(video=3)))
+    for one, other in zip(once, twice, strict=True):
+        torch.testing.assert_close(one.latents, other.latents, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.tokens, other.tokens, atol=1e-4, rtol=0)
 
 
 def test_a_consumer_that_stops_reading_stops_everything():

@@ -475,15 +475,15 @@ function mountTrajectoryViewer(root, host) {
       const last = at >= run.meta.total - 1;
       put(find("button", branch), {
         disabled: last || running,
-        textContent: last ? "Pick an earlier step first" : "Run on from step " + (step.index + 1),
+        textContent: running ? "Run on from here" : last ? "Pick an earlier step first" : "Run on from step " + (step.index + 1),
       });
       put(find(".uvg-branch-caption", branch), { hidden: task === "generate" });
       put(find(".uvg-check", branch), { hidden: task === "generate" });
       put(find(".uvg-branch-prompt", branch), { hidden: task === "understand" });
-      // Words that someone has begun to edit are theirs; otherwise they follow the step.
+      // Words that someone has begun to edit are theirs; otherwise they follow the step, once there is one to choose.
       if (branch.dataset.touched !== run.id) {
         put(branch.elements.prompt, { value: run.meta.prompt ?? "" });
-        put(branch.elements.caption, { value: step.text ?? "" });
+        put(branch.elements.caption, { value: running ? "" : (step.text ?? "") });
       }
     }
     put(find(".uvg-another"), { hidden: !host?.trigger || !step?.kept, disabled: running });
