@@ -52,7 +52,7 @@ def build(model_name: str, device: str | None = None, examples: Path = EXAMPLES)
     demo.queue(max_size=20, default_concurrency_limit=1)
     # Gradio looks a thousand times a second whether somebody waits, and each look interrupts the step being taken. To
     # look less often makes a run of 30 steps 5 % shorter, and an idle server nearly free.
-    demo._queue.sleep_when_free = 0.005
+    demo._queue.sleep_when_free = 0.02
     demo._queue.progress_update_sleep_when_free = 0.1
     return demo
 
