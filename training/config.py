@@ -26,6 +26,9 @@ class OptimConfig:
     name: Literal["adamw", "muon", "adamw8bit"] = "adamw"  # adamw8bit keeps its moments in 8 bits (bitsandbytes)
     lr: float = 2e-4
     matrix_lr: float = 2e-3  # of weight matrices under muon
+    # Of a prompt encoder that learns on, under Adam whatever the network is under; without it, as the network's. Muon's
+    # steps at 5e-3 moved each of its matrices by more than its length, and it forgot words that come up seldom.
+    prompt_encoder_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)  # section 4.1
     weight_decay: float = 0.0  # section 4.1 says Adam
     warmup_steps: int = 100

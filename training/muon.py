@@ -6,6 +6,8 @@ model train without a GPU. Convolutions count as matrices of (out, everything el
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -23,17 +25,22 @@ def is_matrix(parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) >= 16
 
 
-class Muon(torch.optim.Optimizer):
-    """Two groups of parameters: matrices, with a learning rate of their own, and the rest."""
+def split(module: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The module's trained parameters: its weight matrices, and the rest. Tables of embeddings are no matrices."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if is_matrix(p) and id(p) not in tables]
+    chosen = {id(p) for p in matrices}
+    return matrices, [p for p in trained if id(p) not in chosen]
 
-    def __init__(self, module: torch.nn.Module, lr: float, matrix_lr: float, betas: tuple[float, float]):
-        tables = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
-        trained = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in trained if is_matrix(p) and id(p) not in tables]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in trained if id(p) not in chosen]
-        groups = [{"params": matrices, "lr": matrix_lr, "matrix": True}, {"params": rest, "lr": lr, "matrix": False}]
-        super().__init__(groups, {"lr": lr, "betas": betas})
+
+class Muon(torch.optim.Optimizer):
+    """Groups of parameters: with `matrix`, weights that move along orthogonalised momentum, and without, the rest.
+
+    `split` says which of a module's belong where; a step of Adam's is right for any."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
+        super().__init__(groups, {"lr": lr, "betas": betas, "matrix": False})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

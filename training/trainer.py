@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from training.config import OptimConfig, RunConfig, config_to_dict
-from training.muon import Muon
+from training.muon import Muon, split
 from training.sharded import load_state, local, save_state, shard, share_context, whole, whole_weights
 from training.zero import read_moments, write_moments, zero_plugin
 
@@ -246,7 +246,7 @@ class _Run:
         step = self.progress.step
         share = learning_rate_share(step, self.run.steps, self.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = share * (self.optim.matrix_lr if group.get("matrix") else self.optim.lr)
+            group["lr"] = share * getattr(self.optim, group["rate"])
         device = self.accelerator.device
         generator = torch.Generator(device)
         totals: dict[str, torch.Tensor] = {}
@@ -493,16 +493,28 @@ class _Run:
 
 
 def _optimizer(objective: torch.nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Each group's `rate` names the setting that holds its learning rate."""
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    slow = {}
+    if optim.prompt_encoder_lr is not None:
+        slow = {id(p): p for name, p in trained.items() if "prompt_encoder" in name.split(".")}
+        if not slow:
+            raise ValueError("optim.prompt_encoder_lr is set, but no prompt encoder is trained: leave it out.")
+    groups = [{"params": [p for p in trained.values() if id(p) not in slow], "rate": "lr"}]
     if optim.name == "muon":
-        return Muon(objective, optim.lr, optim.matrix_lr, optim.betas)
+        matrices, rest = ([p for p in part if id(p) not in slow] for part in split(objective))
+        groups = [{"params": matrices, "rate": "matrix_lr", "matrix": True}, {"params": rest, "rate": "lr"}]
+    if slow:
+        groups.append({"params": list(slow.values()), "rate": "prompt_encoder_lr"})
+    if optim.name == "muon":
+        return Muon(groups, optim.lr, optim.betas)
     kind = torch.optim.AdamW
     if optim.name == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit as kind
         except ImportError:
             raise ValueError("optim.name=adamw8bit needs the package bitsandbytes: pip install bitsandbytes.") from None
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    return kind(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    return kind(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
 
 
 def _recomputed(block: torch.nn.Module, *arguments: Any) -> torch.Tensor:

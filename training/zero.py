@@ -34,6 +34,8 @@ def zero_config(run: RunConfig, optim: OptimConfig) -> dict[str, Any]:
             "run.deepspeed takes optim.name=adamw and run.mixed_precision bf16 or no, in the place of run.fsdp and "
             "run.context_parallel."
         )
+    if optim.prompt_encoder_lr is not None:
+        raise ValueError("run.deepspeed takes one learning rate for all: leave optim.prompt_encoder_lr out.")
     config = {
         "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own accounts; batches are the trainer's
         "gradient_accumulation_steps": 1,  # the trainer says when a step is whole

@@ -86,6 +86,39 @@ def test_stopping_halfway_changes_nothing(tmp_path, optimiser):
     assert losses(tmp_path / "whole")[8] < losses(tmp_path / "whole")[1]
 
 
+class Prompted(Line):
+    """With a prompt encoder: a table of words and a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt_encoder = torch.nn.Sequential(torch.nn.Embedding(32, 16), torch.nn.Linear(16, 16))
+
+    def forward(self, batch, generator):
+        words = batch["x"][:, :4].mul(8).long().abs() % 32
+        loss, figures = super().forward({**batch, "x": batch["x"] + self.prompt_encoder(words).mean(1)}, generator)
+        return loss, figures
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_prompt_encoder_learns_at_a_rate_of_its_own(tmp_path, optimiser):
+    def moved(name: str, rate: float | None) -> dict[str, float]:
+        optim = OptimConfig(name=optimiser, prompt_encoder_lr=rate, **CONSTANT)
+        assert train(Prompted(), settings(tmp_path / name, 4, ema_decay=0.0), optim) == 0
+        before, after = Prompted().state_dict(), weights(tmp_path / name)
+        return {key: float((after[key] - before[key]).abs().max()) for key in before}
+
+    still, slow, alike = moved("still", 0.0), moved("slow", 1e-4), moved("alike", None)
+    encoder = [name for name in still if name.startswith("prompt_encoder")]
+    assert encoder and all(still[name] == 0 for name in encoder)
+    assert all(0 < slow[name] <= 4 * 1e-4 * 1.5 < alike[name] for name in encoder)  # Adam's steps: at most about the rate
+    assert all(rates["net.0.weight"] > 1e-3 for rates in (still, slow, alike))
+
+
+def test_a_rate_for_a_prompt_encoder_that_is_not_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no prompt encoder is trained"):
+        train(Line(), settings(tmp_path, 4), OptimConfig(prompt_encoder_lr=1e-4))
+
+
 def test_a_killed_run_loses_the_steps_since_its_last_checkpoint_and_no_more(tmp_path):
     here = Path(__file__)
     code = (
