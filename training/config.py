@@ -50,6 +50,7 @@ class RunConfig:
     context_parallel: int = 1  # so many neighbouring processes share the positions of each clip between them
     checkpointing: bool = False  # recompute each block in the backward pass instead of keeping what it computed
     compile: bool = False  # the blocks, through torch.compile
+    onednn: bool = False  # matrix products in float32 on a CPU by oneDNN, not MKL: for AMD's processors with AVX-512
     ema_decay: float = 0.999
     workers: int = 1  # processes that prepare batches; 0 prepares them in the training process
     log_every: int = 10

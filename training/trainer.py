@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 
 from training.config import OptimConfig, RunConfig, config_to_dict
 from training.muon import Muon, split
+from training.onednn import products_by_onednn
 from training.sharded import load_state, local, save_state, shard, share_context, whole, whole_weights
 from training.zero import read_moments, write_moments, zero_plugin
 
@@ -85,7 +86,8 @@ def train(objective: Any, run: RunConfig, optim: OptimConfig, settings: Any = No
     """
     if not run.folder:
         raise ValueError("run.folder is empty: name the folder that the run is kept in.")
-    return _Run(objective, run, optim, settings).until_done()
+    with products_by_onednn() if run.onednn else contextlib.nullcontext():
+        return _Run(objective, run, optim, settings).until_done()
 
 
 def learning_rate_share(step: int, steps: int, optim: OptimConfig) -> float:

@@ -110,7 +110,7 @@ def test_a_prompt_encoder_learns_at_a_rate_of_its_own(tmp_path, optimiser):
     still, slow, alike = moved("still", 0.0), moved("slow", 1e-4), moved("alike", None)
     encoder = [name for name in still if name.startswith("prompt_encoder")]
     assert encoder and all(still[name] == 0 for name in encoder)
-    assert all(0 < slow[name] <= 4 * 1e-4 * 1.5 < alike[name] for name in encoder)  # Adam's steps: at most about the rate
+    assert all(0 < slow[name] <= 4 * 1e-4 * 1.5 < alike[name] for name in encoder)  # a step of Adam's: about the rate
     assert all(rates["net.0.weight"] > 1e-3 for rates in (still, slow, alike))
 
 
