@@ -25,7 +25,7 @@ from serving import served, tiny_model
 
 from univigu.trajectory import page
 from univigu.ui import models, tab, view
-from univigu.ui.runs import KEPT_RUNS, Ask, Runs
+from univigu.ui.runs import KEPT_RUNS, Ask, Runs, Steps
 from univigu.video import probe, write_gif, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -306,7 +306,7 @@ def test_a_stopped_run_keeps_what_is_there(runs, model):
     next(stream), next(stream)
     run.stop = True
     assert list(stream) == [{"run": run.id, "event": "stopped"}]
-    assert len(run.messages) == 2
+    assert len(run.steps) == 2
     taken = view.take(runs, {"runs": [run.id], "kind": "mp4"})
     assert taken["name"] == "univigu-joint-0.mp4" and len(taken["data"]) > 500
 
@@ -323,7 +323,7 @@ def test_a_closed_page_ends_its_run(runs, model):
     stream = tab.stream(runs, run.id)
     next(stream)
     stream.close()
-    assert run.event == "stopped" and len(run.messages) == 1
+    assert run.event == "stopped" and len(run.steps) == 1
 
 
 def test_a_word_can_be_looked_at_more_closely(runs, model):
@@ -373,3 +373,33 @@ def test_the_store_forgets_the_oldest_run(model):
     assert ids[0] not in runs and all(run_id in runs for run_id in ids[1:])
     with pytest.raises(ValueError, match="no longer kept"):
         runs.get(ids[0])
+
+
+def test_steps_come_back_as_they_were_kept():
+    steps = Steps()
+    arrays = [np.arange(6, dtype=np.float32).reshape(2, 3).T, np.zeros((0, 4), np.uint8)]
+    for number, text in enumerate(["é <b> 🎈", ""]):
+        steps.add({"text": text, "number": number}, {"index": number, "array": arrays[number], "none": None})
+    assert [steps.message(number) for number in (1, 0)] == [
+        {"text": "", "number": 1},
+        {"text": "é <b> 🎈", "number": 0},
+    ]
+    for number, array in enumerate(arrays):
+        state = steps.state(number)
+        assert state["index"] == number and state["none"] is None
+        np.testing.assert_array_equal(state["array"], array)
+        assert state["array"].dtype == array.dtype and state["array"].shape == array.shape
+    assert len(steps) == 2 and steps.bytes > 24
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+def test_a_full_disk_is_one_sentence():
+    steps = Steps()
+    steps.add({"text": "one"}, {})
+    steps._file.close()
+    with (
+        open("/dev/full", "r+b", buffering=0) as steps._file,
+        pytest.raises(ValueError, match="cannot keep this run's"),
+    ):
+        steps.add({"text": "two"}, {})
+    assert len(steps) == 1

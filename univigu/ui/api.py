@@ -134,7 +134,7 @@ def build(runs: Runs, model: str, config: Any) -> None:
 
 
 def _clip(run: Run, folder: str) -> str | None:
-    if strip_frames(run.messages[-1]) is None:
+    if strip_frames(run.last_message()) is None:
         return None
     path = Path(folder) / f"univigu-{run.ask.task}-{run.ask.seed}.mp4"
     path.write_bytes(clip_file(run, "mp4"))

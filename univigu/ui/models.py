@@ -80,10 +80,12 @@ def steps(run: Run, parent: Run | None) -> Iterator[tuple[dict[str, Any], dict[s
 
 def state_at(run: Run, index: int) -> dict[str, Any]:
     """What the run's state was after a step."""
-    for state in run.states:
-        if state["index"] == index:
-            return state
-    raise ValueError(f"This run has no step {index + 1} to go on from.")
+    first = 0 if run.ask.parent is None else run.ask.branch_at + 1
+    if not first <= index < first + len(run.steps):
+        raise ValueError(f"This run has no step {index + 1} to go on from.")
+    state = run.steps.state(index - first)
+    state.pop("frames", None)
+    return state
 
 
 def token_heat(run: Run, index: int, token: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def build(model_name: str, device: str | None = None, examples: Path = EXAMPLES)
     gr.set_static_paths([examples])
 
     with gr.Blocks(title="Uni-ViGU", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
-        gr.HTML(TITLE)
+        title = gr.HTML(TITLE)
         model = gr.State(model_name)
         with gr.Tabs(selected="joint") as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -46,9 +47,12 @@ def build(model_name: str, device: str | None = None, examples: Path = EXAMPLES)
             with gr.Accordion("Model", open=False):
                 _model_chooser(model, model_name, fields)
         api.build(runs, model_name, config)
-        demo.load(_open_tab, None, tabs, queue=False, show_progress="hidden", **tab.PRIVATE)
+        # What an event once showed progress on, even hidden, Gradio's page copies with all it holds at every message of
+        # any event, so at each step of a run. Of `tabs` that would be the whole page; the title is a line.
+        opening = {"queue": False, "show_progress": "hidden", "show_progress_on": title, **tab.PRIVATE}
+        demo.load(_open_tab, None, tabs, **opening)
         for task, named in fields.items():
-            _open_link(demo, task, named)
+            demo.load(_filler(task, named), None, [field for name, field in named.items() if name != "size"], **opening)
     demo.queue(max_size=20, default_concurrency_limit=1)
     # Gradio looks a thousand times a second whether somebody waits, and each look interrupts the step being taken. To
     # look less often makes a run of 30 steps 5 % shorter, and an idle server nearly free.
@@ -112,8 +116,8 @@ def _open_tab(request: gr.Request):
     return gr.Tabs(selected=task) if task in ("generate", "understand", "joint") else gr.skip()
 
 
-def _open_link(demo: gr.Blocks, task: str, fields: dict[str, gr.components.Component]) -> None:
-    """Fill a tab from a link's query; what the link does not name keeps its default."""
+def _filler(task: str, fields: dict[str, gr.components.Component]) -> Callable[[gr.Request], list[Any]]:
+    """Fills a tab from a link's query; what the link does not name keeps its default."""
     named = {name: field for name, field in fields.items() if name != "size"}
 
     def fill(request: gr.Request):
@@ -138,4 +142,4 @@ def _open_link(demo: gr.Blocks, task: str, fields: dict[str, gr.components.Compo
             updates.append(gr.skip() if value is None else value)
         return updates
 
-    demo.load(fill, None, list(named.values()), queue=False, show_progress="hidden", **tab.PRIVATE)
+    return fill

@@ -115,19 +115,19 @@ def stream(runs: Runs, ticket: str) -> Iterator[dict[str, Any]]:
     parent = runs.get(ask.parent) if ask.parent else None
     more = {"kept": True, "beside": ask.beside, "parent": ask.parent, "branch_at": ask.branch_at}
     steps = models.steps(run, parent)
+    finished = False
     try:
         for message, state in steps if not run.stop else ():
-            run.frames = state.pop("frames")
-            run.states.append(state)
-            run.messages.append({**message, **more})
-            yield run.messages[-1]
+            message = {**message, **more}
+            run.steps.add(message, state)
+            finished = message["index"] == message["total"] - 1
+            yield message
             if run.stop:
                 break
     except ValueError as error:
         raise refusal(error) from None
     finally:
         steps.close()
-        finished = bool(run.messages) and run.messages[-1]["index"] == run.messages[-1]["total"] - 1
         run.event = "done" if finished else "stopped"
     yield {"run": run.id, "event": run.event}
 
@@ -207,7 +207,7 @@ def connect(
         )
 
     # In the queue, though never waiting in it: outside of it a refusal would be a server error to the browser.
-    at_once = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
+    at_once = {"concurrency_limit": None, "show_progress": "hidden", "show_progress_on": status, **PRIVATE}
     follow(gr.on(triggers, start, [ticket, *inputs], [ticket, seed], **at_once))
     for event in after:
         follow(event.success(start, [ticket, *inputs], [ticket, seed], **at_once))

@@ -77,7 +77,7 @@ def steps(runs: Runs, request: dict) -> list[dict[str, Any]]:
     if request["run"] not in runs:  # a page left open longer than runs are kept
         return []
     run, have = runs.get(request["run"]), set(request["have"])
-    missing = [message for message in run.messages if message["index"] not in have]
+    missing = [message for message in run.messages() if message["index"] not in have]
     return [*missing, {"run": run.id, "event": run.event}] if run.event else missing
 
 
@@ -120,8 +120,8 @@ def take(runs: Runs, request: dict) -> dict[str, Any]:
 
 def clip_file(run: Run, kind: str) -> bytes:
     """The finished clip as mp4 or gif; of a run that was stopped, what it had come to."""
-    last = run.messages[-1]
-    frames = run.frames if run.frames is not None else strip_frames(last)
+    last, frames = run.last_message(), run.frames
+    frames = strip_frames(last) if frames is None else frames
     clip = Trajectory(
         task=last["task"], prompt=None, seed=None, settings={}, fps=last["frame"]["fps"], frames=frames, steps=[]
     )

@@ -5,6 +5,7 @@ function mountTrajectoryViewer(root, host) {
   "use strict";
   const KEPT_RUNS = 12;
   const STEPS_PER_SECOND = 8;
+  const DRAWINGS_PER_SECOND = 12; // of a run that goes on; more would take from the model the core that both may share
   const SVG = "http://www.w3.org/2000/svg";
   const find = (selector, from = root) => from.querySelector(selector);
   const runs = new Map(); // id -> {id, meta, steps[], state, startedAt}
@@ -16,6 +17,8 @@ function mountTrajectoryViewer(root, host) {
   let kind = "clean";
   let live = true;
   let playTimer = null;
+  let drawTimer = null;
+  let drawnAt = 0;
   let clipPlaying = !calm;
   let clipClock = performance.now();
   let heldFrame = 0;
@@ -145,7 +148,9 @@ function mountTrajectoryViewer(root, host) {
 
   function follow(run) {
     if (live && shown.includes(run.id)) at = Math.max(0, newestIndex(run));
-    render();
+    putAttributes(root, { "data-have": held(runs.get(shown.at(-1))) });
+    if (run.state !== "running" || root.dataset.run !== run.id) render();
+    else drawTimer ??= setTimeout(render, Math.max(0, drawnAt + 1000 / DRAWINGS_PER_SECOND - performance.now()));
   }
 
   // A run that is finished when it is first seen plays itself once.
@@ -219,6 +224,9 @@ function mountTrajectoryViewer(root, host) {
   }
 
   function render() {
+    clearTimeout(drawTimer);
+    drawTimer = null;
+    drawnAt = performance.now();
     const first = runs.get(shown[0]);
     if (!first) return;
     const total = Math.max(...shown.map((id) => runs.get(id).meta.total));
