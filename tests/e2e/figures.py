@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from launching import CHROMIUM, PATIENCE, QUIET, ROOT, running_app
 from PIL import Image
 from playwright.sync_api import CDPSession, Page, sync_playwright
@@ -94,21 +95,33 @@ def measure_runs(page: Page, devtools: CDPSession, model: str, steps: int) -> No
     pipe.set_progress_bar_config(disable=True)
     pipe.joint(PROMPT, num_inference_steps=2, seed=SEED)
 
-    def in_python(**kept: bool) -> float:
+    cores = torch.get_num_threads()
+
+    def in_python(threads: int = cores, **kept: bool) -> float:
+        torch.set_num_threads(threads)
         started = time.perf_counter()
         run = pipe.joint(PROMPT, num_inference_steps=steps, seed=SEED, **kept)
         if kept:
             run.trajectory.messages()
-        return time.perf_counter() - started
+        return 1000 * (time.perf_counter() - started)
 
+    of_the_app = max(1, cores - 1)  # as app.py has it
+    ways = [
+        ("the same from Python", {"threads": of_the_app, "keep_trajectory": True}),
+        ("on all cores", {"keep_trajectory": True}),
+        ("its end alone", {"threads": of_the_app}),
+        ("on all cores", {}),
+    ]
     times = []
     for _ in range(5):  # taking turns, so that other load on the machine meets all alike
-        times.append((*page.evaluate(RUN), 1000 * in_python(keep_trajectory=True), 1000 * in_python()))
-    first, whole, alike, bare = (statistics.median(column) / 1000 for column in zip(*times, strict=True))
+        times.append((*page.evaluate(RUN), *(in_python(**way) for _, way in ways)))
+    first, whole, *others = (statistics.median(column) / 1000 for column in zip(*times, strict=True))
     show("click to first preview", f"{first:.2f} s (median of 5)")
     show(f"{steps}-step joint run", f"{whole:.2f} s in the page")
-    show("the same from Python", f"{alike:.2f} s with every step's pictures and words: {whole / alike:.2f} x")
-    show("its end alone", f"{bare:.2f} s: {whole / bare:.2f} x")
+    for (what, way), other in zip(ways, others, strict=True):
+        threads = way.get("threads", cores)
+        more = ", every step's pictures and words" if "keep_trajectory" in way else ""
+        show(what, f"{other:.2f} s: {whole / other:.2f} x ({threads} thread{'s' * (threads > 1)}{more})")
     show("bytes a step", f"{received_in_a_run(page, devtools) / steps:,.0f}")
 
 
