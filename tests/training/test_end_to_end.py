@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -129,10 +131,12 @@ def test_a_configuration_of_another_stage_or_kind_of_data_is_refused(folder, cap
 
 
 def test_the_page_names_commands_and_configurations_that_exist():
-    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text().replace("\\\n", " ")
+    for name, value in re.findall(r'^([A-Z]+)="(.*)"$', page, re.MULTILINE):
+        page = page.replace(f"${name}", value)
     commands = [line for line in page.splitlines() if line.startswith("python -m training")]
-    assert len(commands) >= 9
+    assert len(commands) >= 13
     for command in commands:
-        arguments = _parser().parse_args(command.partition("#")[0].split()[3:])
+        arguments = _parser().parse_args(shlex.split(command, comments=True)[3:])
         if hasattr(arguments, "overrides"):
             load_config(StageRun, arguments.config, arguments.overrides, "recall")
