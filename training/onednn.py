@@ -34,11 +34,12 @@ def products_by_onednn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def products_by_mkl() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(BY_MKL)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(BY_ONEDNN)
+        torch.set_float32_matmul_precision(before)
 
 
 # Operators of their own, so that a compiled block calls them instead of looking inside.

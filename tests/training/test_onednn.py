@@ -25,8 +25,10 @@ def masks() -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize("mask", masks(), ids=["none", "bool", "added"])
 def test_attention_and_its_gradients_are_those_of_torch(mask):
+    before = torch.get_float32_matmul_precision()
     for ours, theirs in zip(attended(attention, mask), attended(plain_attention, mask), strict=True):
         torch.testing.assert_close(ours, theirs)
+    assert torch.get_float32_matmul_precision() == before  # called by itself it leaves the process as it was
 
 
 def test_what_is_not_float32_on_a_cpu_goes_to_torch():
