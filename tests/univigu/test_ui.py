@@ -366,6 +366,15 @@ def test_requests_that_make_no_sense_are_answered_with_a_sentence(request_):
         assert isinstance(getattr(component, name)(request_)["error"], str)
 
 
+def test_a_saved_example_has_no_step_to_go_on_from(runs, model):
+    _, messages = run_of(runs, model)
+    runs.add_example("joint", messages[:-1])
+    example = runs.get("example-joint")
+    assert len(example.messages()) == 4
+    with pytest.raises(ValueError, match="no step 1 to go on from"):
+        models.state_at(example, 0)
+
+
 def test_the_store_forgets_the_oldest_run(model):
     runs = Runs()
     ask = Ask(model=model, task="joint", prompt="a", seed=0, settings={})

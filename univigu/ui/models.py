@@ -80,10 +80,10 @@ def steps(run: Run, parent: Run | None) -> Iterator[tuple[dict[str, Any], dict[s
 
 def state_at(run: Run, index: int) -> dict[str, Any]:
     """What the run's state was after a step."""
-    first = 0 if run.ask.parent is None else run.ask.branch_at + 1
-    if not first <= index < first + len(run.steps):
+    number = run.steps.find(index)
+    if number is None:
         raise ValueError(f"This run has no step {index + 1} to go on from.")
-    state = run.steps.state(index - first)
+    state = run.steps.state(number)
     state.pop("frames", None)
     return state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def build(model_name: str, device: str | None = None, examples: Path = EXAMPLES)
         opening = {"queue": False, "show_progress": "hidden", "show_progress_on": title, **tab.PRIVATE}
         demo.load(_open_tab, None, tabs, **opening)
         for task, named in fields.items():
-            demo.load(_filler(task, named), None, [field for name, field in named.items() if name != "size"], **opening)
+            _open_link(demo, task, named, opening)
     demo.queue(max_size=20, default_concurrency_limit=1)
     # Gradio looks a thousand times a second whether somebody waits, and each look interrupts the step being taken. To
     # look less often makes a run of 30 steps 5 % shorter, and an idle server nearly free.
@@ -116,8 +115,8 @@ def _open_tab(request: gr.Request):
     return gr.Tabs(selected=task) if task in ("generate", "understand", "joint") else gr.skip()
 
 
-def _filler(task: str, fields: dict[str, gr.components.Component]) -> Callable[[gr.Request], list[Any]]:
-    """Fills a tab from a link's query; what the link does not name keeps its default."""
+def _open_link(demo: gr.Blocks, task: str, fields: dict[str, gr.components.Component], options: dict[str, Any]) -> None:
+    """Fill a tab from a link's query; what the link does not name keeps its default."""
     named = {name: field for name, field in fields.items() if name != "size"}
 
     def fill(request: gr.Request):
@@ -142,4 +141,4 @@ def _filler(task: str, fields: dict[str, gr.components.Component]) -> Callable[[
             updates.append(gr.skip() if value is None else value)
         return updates
 
-    return fill
+    demo.load(fill, None, list(named.values()), **options)

@@ -78,6 +78,10 @@ class Steps:
         start, middle, _, _ = self._index[number]
         return json.loads(self._read(start, middle))
 
+    def find(self, index: int) -> int | None:
+        """Which of the steps has a state of that index; those of a branch do not begin at 0, an example's have none."""
+        return next((number for number, (*_, rest) in enumerate(self._index) if rest.get("index") == index), None)
+
     def state(self, number: int) -> dict[str, Any]:
         _, middle, end, rest = self._index[number]
         return {**rest, **load(self._read(middle, end))}
