@@ -20,26 +20,24 @@ plain_attention = F.scaled_dot_product_attention
 
 
 @contextlib.contextmanager
-def products_by_onednn() -> Iterator[None]:
-    """While it lasts, for the whole process."""
+def products(by: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(BY_ONEDNN)
-    F.scaled_dot_product_attention = attention
+    torch.set_float32_matmul_precision(by)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain_attention
         torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager
-def products_by_mkl() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(BY_MKL)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def products_by_onednn() -> Iterator[None]:
+    """While it lasts, for the whole process."""
+    with products(BY_ONEDNN):
+        F.scaled_dot_product_attention = attention
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = plain_attention
 
 
 # Operators of their own, so that a compiled block calls them instead of looking inside.
@@ -47,7 +45,7 @@ def products_by_mkl() -> Iterator[None]:
 
 @torch.library.custom_op("univigu::attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    with products_by_mkl():
+    with products(BY_MKL):
         return _shape(query, key, value, mask, scale)
 
 
@@ -67,7 +65,7 @@ def _attention_backward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with products_by_mkl():
+    with products(BY_MKL):
         return _backward_shape(gradient, query, key, value, attended, logsumexp, mask, scale)
 
 
