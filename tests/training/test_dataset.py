@@ -57,12 +57,26 @@ def test_items_are_a_function_of_their_position(world):
 
 def test_training_can_begin_with_one_actor_and_prompts_that_leave_nothing_open(world):
     tokenizer, latents = build_tokenizer(), LatentCache(world / "cache", "train")
-    data = ToyLatents(latents, "train", 0, tokenizer, shuffled=True, most_actors=1, detailed_prompts=1.0)
+    data = ToyLatents(latents, "train", 0, tokenizer, shuffled=True, two_actors=0, detailed_prompts=1.0)
     single = [i for i in range(TRAIN) if len(scene_at(0, i, "train").actors) == 1]
     assert 0 < len(single) < TRAIN and sorted(map(data.scene_index, range(len(single)))) == single
     for position in range(2 * len(single)):
         said = parse_caption(tokenizer.decode(data[position]["prompt_ids"], skip_special_tokens=True))
         assert said == facts(scene_at(0, data.scene_index(position), "train"))
+
+
+def test_clips_of_two_actors_come_as_often_as_asked(world):
+    tokenizer, latents = build_tokenizer(), LatentCache(world / "cache", "train")
+    data = ToyLatents(latents, "train", 0, tokenizer, shuffled=True, two_actors=0.75)
+    shown = [data.scene_index(position) for position in range(8 * TRAIN)]
+    actors = [len(scene_at(0, index, "train").actors) for index in shown]
+    assert all(sum(count == 2 for count in actors[: 4 * n]) == 3 * n for n in range(2 * TRAIN))
+    for count in (1, 2):  # each kind comes round as a whole before any of it comes again
+        kind = [index for index in range(TRAIN) if len(scene_at(0, index, "train").actors) == count]
+        visits = [index for index, found in zip(shown, actors, strict=True) if found == count]
+        assert sorted(visits[: len(kind)]) == sorted(visits[len(kind) : 2 * len(kind)]) == kind
+    with pytest.raises(ValueError, match="two_actors is a share between 0 and 1"):
+        ToyLatents(latents, "train", 0, tokenizer, shuffled=True, two_actors=1.5)
 
 
 def test_words_are_new_at_every_visit_and_always_true(world):

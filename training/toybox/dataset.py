@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import time
 import zlib
@@ -43,7 +44,7 @@ _BATCH = 8
 class ToyDataConfig:
     cache: str = "cache/toybox"
     seed: int = 0  # of the order of clips and the wording of texts; that of the scenes is the cache's
-    most_actors: int = 2  # 1: training sees only clips with one actor
+    two_actors: float | None = None  # share of training's clips that show two; null: as they come, about half
     detailed_prompts: float = 0.0  # share of training's prompts that are detailed captions and leave nothing open
     validation_clips: int = 64  # to caption
     validation_prompts: int = 8  # to show; the oracle needs a second for each clip
@@ -231,7 +232,8 @@ class LatentCache:
 class ToyLatents(Dataset):
     """Cached clips with words of the moment; item i is the same whenever it is asked for.
 
-    Endless when shuffled: every clip comes once in each round, in an order of its own.
+    Endless when shuffled: every clip comes once in each round, in an order of its own; with `two_actors` those of one
+    actor and those of two each in rounds of their own.
     """
 
     def __init__(
@@ -242,18 +244,23 @@ class ToyLatents(Dataset):
         tokenizer,
         shuffled: bool,
         count: int | None = None,
-        most_actors: int = 2,
+        two_actors: float | None = None,
         detailed_prompts: float = 0.0,
     ):
         self.latents, self.split, self.seed, self.tokenizer, self.shuffled = latents, split, seed, tokenizer, shuffled
         self.count = 2**62 if shuffled else min(count or len(latents), len(latents))
         self.detailed_prompts = detailed_prompts
-        self.clips = np.arange(len(latents))
-        if most_actors < 2:
+        self.two_actors, everything = two_actors, np.arange(len(latents))
+        if two_actors is None:
+            self.clips = [everything]
+        elif not 0 <= two_actors <= 1:
+            raise ValueError(f"data.two_actors is a share between 0 and 1, not {two_actors}.")
+        else:
             drawn_from = latents.settings["seed"]
-            self.clips = np.array(
-                [i for i in self.clips if len(_scene(drawn_from, int(i), split).actors) <= most_actors]
-            )
+            two = np.array([len(_scene(drawn_from, int(i), split).actors) == 2 for i in everything])
+            self.clips = [everything[~two], everything[two]]
+            if (two_actors < 1 and two.all()) or (two_actors > 0 and not two.any()):
+                raise ValueError(f"data.two_actors is {two_actors}, and the cache has no such clips.")
 
     def __len__(self) -> int:
         return self.count
@@ -261,8 +268,14 @@ class ToyLatents(Dataset):
     def scene_index(self, position: int) -> int:
         if not self.shuffled:
             return position
-        around, inside = divmod(position, len(self.clips))
-        return int(self.clips[_order(self.seed, around, len(self.clips))[inside]])
+        clips = self.clips[0]
+        if self.two_actors is not None:
+            # of the first n positions floor(n * share) show two, so each kind counts on by itself
+            before, after = (math.floor(n * self.two_actors) for n in (position, position + 1))
+            clips = self.clips[after - before]
+            position = before if after > before else position - before
+        around, inside = divmod(position, len(clips))
+        return int(clips[_order(self.seed, around, len(clips))[inside]])
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         index = self.scene_index(position)
@@ -288,7 +301,7 @@ def fill(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids + [tokenizer.eos_token_id] * (CAPTION_TOKENS - len(ids))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _order(seed: int, around: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, around]).permutation(count)
 
@@ -317,7 +330,7 @@ def open_toybox(config: ToyDataConfig, pipeline: UniViGUPipeline) -> StageData:
             config.seed,
             tokenizer,
             shuffled=True,
-            most_actors=config.most_actors,
+            two_actors=config.two_actors,
             detailed_prompts=config.detailed_prompts,
         ),
         held_out=ToyLatents(held_out, "held_out", config.seed, tokenizer, False, config.validation_clips),
