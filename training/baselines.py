@@ -22,7 +22,7 @@ from training.toybox.dataset import ToyDataConfig, open_toybox
 from training.toybox.facts import facts
 from training.toybox.probe import score
 from training.toybox.scenes import scene_at
-from univigu.weights import load_wan
+from univigu.weights import load
 
 
 @dataclass
@@ -94,7 +94,7 @@ class AutoregressiveCaptioner(ModelMixin, ConfigMixin):
 class CaptionerObjective(nn.Module):
     def __init__(self, config: CaptionerRun):
         super().__init__()
-        pipeline = load_wan(config.start)
+        pipeline = load(config.start, "cpu")
         self.tokenizer = pipeline.tokenizer
         data = open_toybox(config.data, pipeline)
         self.train_data, self.held_out, self.seed = data.train, data.held_out, data.held_out.latents.settings["seed"]

@@ -26,7 +26,7 @@ from training.lora import ATTENTION, add_lora, has_lora, merged, save_adapters
 from training.objective import FlowObjective, ObjectiveConfig
 from univigu import UniViGUPipeline, UniViGUTransformer3DModel
 from univigu.sampler import video_scheduler
-from univigu.weights import load_wan, model_folder
+from univigu.weights import find_model, load_wan, model_folder
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ class StageObjective(torch.nn.Module):
             self.data.probe.draw(self.pipeline, folder, step)
 
     def export(self, folder: Path) -> None:
-        """The pipeline with the weights as they are: a Wan pipeline after pretraining, one of ours after that."""
-        if self.stage.target is None:
+        """The pipeline with the weights as they are: after pretraining a Wan pipeline where it is one, else ours."""
+        if self.stage.target is None and not _beyond_wan(self.pipeline.transformer):
             save_whole(as_wan(self.pipeline).save_pretrained, folder)
         elif has_lora(self.pipeline.transformer):  # merged for use, and the adapters by themselves
             network = self.pipeline.transformer
@@ -222,15 +222,11 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
         if not config.stage.start:
             from training.toybox import build_tokenizer
 
-            return new_generator(model, build_tokenizer())
-        wan = WanPipeline.from_pretrained(config.stage.start)
-        pipeline = UniViGUPipeline(
-            wan.tokenizer,
-            wan.text_encoder,
-            UniViGUTransformer3DModel.from_wan(wan.transformer, vocab_size=None),
-            wan.vae,
-            wan.scheduler,
-        )
+            pipeline = new_generator(model, build_tokenizer())
+            if part := _beyond_wan(pipeline.transformer):
+                raise ValueError(f"model.transformer has {part}, which Wan does not know: leave it to refine.")
+            return pipeline
+        pipeline = _generator(config.stage.start)
     elif not config.stage.start:
         raise ValueError(f"stage.start is empty: name the {stage.starts_from} that {config.stage.name} starts from.")
     elif stage.starts_from == "generator":
@@ -256,6 +252,20 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
     pipeline.register_modules(scheduler=_scheduler(model))
     pipeline.register_to_config(**model.pipeline)
     return pipeline
+
+
+def _generator(start: str) -> UniViGUPipeline:
+    """The video stream alone, of a Wan pipeline or of one of ours."""
+    if find_model(start).kind == "univigu":
+        pipeline = UniViGUPipeline.from_pretrained(start, torch_dtype=torch.float32)
+        both = pipeline.transformer
+        alone = UniViGUTransformer3DModel.from_config(both.config, vocab_size=None)
+        alone.load_state_dict({n: value for n, value in both.state_dict().items() if not is_token_branch(n)})
+        pipeline.register_modules(transformer=alone, token_scheduler=None)
+        return pipeline
+    wan = WanPipeline.from_pretrained(start)
+    transformer = UniViGUTransformer3DModel.from_wan(wan.transformer, vocab_size=None)
+    return UniViGUPipeline(wan.tokenizer, wan.text_encoder, transformer, wan.vae, wan.scheduler)
 
 
 def new_generator(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> UniViGUPipeline:
@@ -284,12 +294,16 @@ def _scheduler(model: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
     return video_scheduler(model.video_sampling, FlowMatchEulerDiscreteScheduler(shift=model.video_shift))
 
 
+def _beyond_wan(transformer: UniViGUTransformer3DModel) -> str | None:
+    """A part of the video stream that Wan has no place for, if there is one."""
+    return next((n for n in ("video_places", "video_skip") if transformer.config[n] is not None), None)
+
+
 def as_wan(pipeline: UniViGUPipeline) -> WanPipeline:
     """The generator without its captions, as what it is weight for weight: a Wan pipeline."""
     ours = pipeline.transformer
-    for name in ("video_places", "video_skip"):
-        if ours.config[name] is not None:
-            raise ValueError(f"model.transformer has {name}, which Wan does not know: leave it to refine.")
+    if part := _beyond_wan(ours):
+        raise ValueError(f"The network has {part}, which Wan does not know.")
     keys = WanTransformer3DModel._get_init_keys(WanTransformer3DModel)
     transformer = WanTransformer3DModel(**{name: value for name, value in ours.config.items() if name in keys})
     shared = {name: value for name, value in ours.state_dict().items() if not is_token_branch(name)}

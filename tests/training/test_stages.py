@@ -63,6 +63,23 @@ def test_pretraining_goes_on_from_a_generator(world, generator):
     assert all(p.requires_grad for p in stage.parameters())
 
 
+def test_a_generator_to_compare_with_goes_on_from_our_own_model_without_its_captions(world, recalled, tmp_path):
+    changes = {"transformer": {"video_places": [5, 4, 4]}}
+    refined = build_stage(stage_run(world, "refine", tmp_path, recalled, model=changes))
+    refined.export(tmp_path / "refined")
+    config = stage_run(world, "pretrain", tmp_path / "run", tmp_path / "refined")
+    alone, both = build_stage(config).pipeline.transformer.state_dict(), refined.pipeline.transformer.state_dict()
+    assert alone.keys() == {name for name in both if not is_token_branch(name)}
+    assert all(torch.equal(tensor, both[name]) for name, tensor in alone.items())
+    run(config)
+    generator = load(tmp_path / "run/weights", device="cpu")
+    assert generator.token_scheduler is None and generator.transformer.config.vocab_size is None
+    made = [generator.generate("a red ball", num_inference_steps=2, seed=seed).frames for seed in (0, 1)]
+    assert made[0].shape == (17, 64, 64, 3) and (made[0] != made[1]).any()
+    with pytest.raises(ValueError, match="video_places, which Wan does not know"):
+        build_stage(stage_run(world, "pretrain", Path("unused"), model=changes))
+
+
 def test_recall_starts_from_the_generator_and_freezes_its_prompt_encoder(world, generator, recalled):
     before, after = WanPipeline.from_pretrained(generator), UniViGUPipeline.from_pretrained(recalled)
     stage = build_stage(stage_run(world, "recall", Path("unused"), generator))
@@ -113,9 +130,9 @@ def test_refined_model_is_published_in_small_files_that_the_application_loads(wo
     assert max(path.stat().st_size for path in (tmp_path / "toybox").rglob("*.safetensors")) < 10_000_000
 
 
-def test_captioner_to_compare_with_learns_from_the_same_clips(world, generator, tmp_path):
+def test_captioner_to_compare_with_learns_from_the_same_clips(world, recalled, tmp_path):
     settings = {
-        "start": str(generator),
+        "start": str(recalled),
         "run": {"folder": str(tmp_path), "steps": 2, "batch_size": 4, "workers": 0},
         "model": {"width": 16, "heads": 2, "layers": 1, "ffn_dim": 16},
         "data": {"cache": str(world / "cache"), "validation_clips": 2, "validation_prompts": 1},
