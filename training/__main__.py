@@ -139,7 +139,7 @@ def toybox_cache(arguments: argparse.Namespace) -> int:
 def toybox_finish(arguments: argparse.Namespace) -> int:
     from training.toybox.publish import publish
 
-    publish(arguments.source, arguments.target, arguments.decoder)
+    publish(arguments.source, arguments.target, arguments.decoder, arguments.caption_shift)
     return 0
 
 
@@ -229,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", type=Path, help="the weights folder of the run")
     command.add_argument("target", type=Path, help="the pipeline folder to write")
     command.add_argument("--decoder", type=Path, help="an autoencoder whose decoder has learned on: its weights folder")
+    command.add_argument("--caption-shift", type=float, help="the captions' time shift in sampling, if not training's")
     command.set_defaults(run=toybox_finish)
 
     command = commands.add_parser("curves", help="draw values that runs have logged")

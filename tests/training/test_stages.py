@@ -120,8 +120,9 @@ def test_refined_model_is_published_in_small_files_that_the_application_loads(wo
     assert {"validation/seen_attributes", "validation/grammatical", "validation/shown_whole"} <= figures
     assert {"validation/text_at_1_0.5", "text_understand", "video_generate", "text_joint"} <= figures
     assert list((tmp_path / "run/samples").glob("*.png"))
-    publish(tmp_path / "run/weights", tmp_path / "toybox")
+    publish(tmp_path / "run/weights", tmp_path / "toybox", caption_shift=3.0)
     pipeline = load(tmp_path / "toybox", device="cpu")
+    assert pipeline.token_scheduler.config.shift == 3.0
     assert pipeline.previewer is not None and pipeline.transformer.dtype == torch.float32
     again = build_stage(stage_run(world, "refine", Path("unused"), tmp_path / "toybox")).pipeline
     assert again.transformer.dtype == again.text_encoder.dtype == torch.float32  # stored in half of that

@@ -19,15 +19,20 @@ _SHARD = "9MB"  # files in the repository stay under 10 MB
 _TOTAL = 60_000_000
 
 
-def publish(source: Path, target: Path, decoder: Path | None = None) -> None:
+def publish(source: Path, target: Path, decoder: Path | None = None, caption_shift: float | None = None) -> None:
     """Store a trained pipeline in half precision, with the linear preview fitted on clips of the world.
 
-    `decoder`: an autoencoder whose decoder has learned on since the pipeline's latents were made."""
+    `decoder`: an autoencoder whose decoder has learned on since the pipeline's latents were made.
+    `caption_shift`: the time shift of captions in sampling, where it is to be another than in training. The larger it
+    is, the later words are chosen, and the more of the clip is there for them to be true of."""
     if not (source / "model_index.json").is_file():
         raise ValueError(f"'{source}' holds no pipeline: give the weights folder of a finished run.")
     pipeline = UniViGUPipeline.from_pretrained(source)
     if decoder is not None:
         _take_decoder(pipeline.vae, decoder)
+    if caption_shift is not None:
+        flow = pipeline.token_scheduler
+        pipeline.register_modules(token_scheduler=type(flow).from_config(flow.config, shift=caption_shift))
     clips = np.stack([render(scene_at(0, index, "train")) for index in range(_PREVIEW_CLIPS)])
     pipeline.fit_previewer(to_tensor(clips))
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae, pipeline.previewer):
