@@ -217,9 +217,8 @@ def walk(
         for step in range(start, total):
             (tau_video, tau_text), (next_video, next_text) = path[step], path[step + 1]
             if guidance.video != 1 and next_video > tau_video:
-                # Clean tokens are the prompt itself: without it, they are noise. A caption on its way stays.
-                other_tokens, other_tau = (negative_tokens, 0.0) if tau_text == 1 else (tokens, tau_text)
-                branches = (tokens, tau_text, prompt_embeds), (other_tokens, other_tau, negative_prompt_embeds)
+                # The other branch knows no words at all: the clip is pushed towards its caption as towards the prompt
+                branches = (tokens, tau_text, prompt_embeds), (negative_tokens, 0.0, negative_prompt_embeds)
                 (velocity, token_output), (other, _) = predict_both(latents, tau_video, *branches, step)
                 velocity = other + guidance.video * (velocity - other)
             else:

@@ -278,6 +278,22 @@ def test_guidance_costs_what_it_does(monkeypatch, guidance, others, places, pair
 
 
 @pytest.mark.parametrize("task", ["joint", "generate"])
+def test_guidance_pushes_away_from_a_clip_without_any_words(monkeypatch, task):
+    monkeypatch.setattr(sampler, "SMALL_LATENTS", 0)  # each branch a pass of its own
+    network, seen = tiny_transformer(), []
+    network.register_forward_pre_hook(
+        lambda _, args, given: seen.append((given["token_timestep"].item(), given["token_hidden_states"])),
+        with_kwargs=True,
+    )
+    path = make_path(task, video_taus(SCHEDULERS["euler"](), 3), text_taus(EmbeddingFlowScheduler(), 3))
+    list(tiny_walk(path, network, guidance=Guidance(video=3)))
+    others = seen[1::2]
+    assert len(others) == 3 and all(time == 1000 for time, _ in others)
+    assert all(torch.equal(tokens, others[0][1]) for _, tokens in others)
+    assert [time for time, _ in seen[::2]] == pytest.approx([1000 * (1 - tau_text) for _, tau_text in path[:-1]])
+
+
+@pytest.mark.parametrize("task", ["joint", "generate"])
 def test_both_branches_of_guidance_in_one_pass_are_the_two_passes(monkeypatch, task):
     network = tiny_transformer()
     path = make_path(task, video_taus(SCHEDULERS["euler"](), 3), text_taus(EmbeddingFlowScheduler(), 3))
