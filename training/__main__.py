@@ -132,7 +132,7 @@ def toybox_cache(arguments: argparse.Namespace) -> int:
     from training.toybox.dataset import fill_cache
 
     counts = {"train": arguments.train, "held_out": arguments.held_out}
-    fill_cache(arguments.vae, arguments.target, counts, processes=arguments.processes)
+    fill_cache(arguments.vae, arguments.target, counts, processes=arguments.processes, tokenizer=arguments.tokenizer)
     return 0
 
 
@@ -221,6 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--train", type=int, default=49152, help="training clips")
     command.add_argument("--held-out", type=int, default=1024, help="held-out clips")
     command.add_argument("--processes", type=int, default=1)
+    command.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer's folder, to keep words with the clips, as data.resident needs"
+    )
     command.set_defaults(run=toybox_cache)
 
     command = commands.add_parser(

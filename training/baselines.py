@@ -96,7 +96,7 @@ class CaptionerObjective(nn.Module):
         super().__init__()
         pipeline = load(config.start, "cpu")
         self.tokenizer = pipeline.tokenizer
-        data = open_toybox(config.data, pipeline)
+        data = open_toybox(config.data, pipeline, config.run.batch_size)
         self.train_data, self.held_out, self.seed = data.train, data.held_out, data.held_out.latents.settings["seed"]
         channels, frames, height, width = self.held_out[0]["latents"].shape
         torch.manual_seed(config.run.seed)
@@ -113,7 +113,8 @@ class CaptionerObjective(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), batch["caption_ids"].flatten()), {}
 
     def validate(self) -> dict[str, float]:
-        latents = torch.stack([self.held_out[index]["latents"] for index in range(len(self.held_out))]).float()
+        latents = torch.stack([self.held_out[index]["latents"].float() for index in range(len(self.held_out))])
+        latents = latents.to(next(self.parameters()).device)
         self.said = read_captions(self.model, latents, self.tokenizer)
         stated = [parse_caption(text) for text in self.said]
         shown = [facts(scene_at(self.seed, index, "held_out")) for index in range(len(stated))]

@@ -133,6 +133,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             raise ValueError(f"{name} must hold settings of its own, not {value!r}.")
         return build_config(hint, value, f"{name}.")
     if origin is Literal:
+        if value is False and "no" in arguments:  # what YAML reads a bare no as
+            value = "no"
         if value not in arguments:
             raise ValueError(f"{name} must be one of {', '.join(map(str, arguments))}, not {value!r}.")
         return value

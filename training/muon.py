@@ -12,13 +12,30 @@ import torch
 
 
 def orthogonalise(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """About U V^T of the singular value decomposition U S V^T, by the quintic Newton-Schulz iteration."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
+    """About U V^T of the singular value decomposition U S V^T, by the quintic Newton-Schulz iteration; of one matrix or
+    of each in a stack."""
+    is_wide = matrix.shape[-2] <= matrix.shape[-1]
+    wide = matrix if is_wide else matrix.mT
+    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = wide @ wide.T
+        gram = wide @ wide.mT
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return wide if is_wide else wide.mT
+
+
+def orthogonalise_each(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """On an accelerator those of one shape at once and in bfloat16: one by one they are thousands of products, each
+    over before the next is asked for."""
+    if matrices[0].device.type == "cpu":
+        return [orthogonalise(matrix) for matrix in matrices]
+    places: dict[torch.Size, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        places.setdefault(matrix.shape, []).append(place)
+    updates: dict[int, torch.Tensor] = {}
+    for alike in places.values():
+        together = orthogonalise(torch.stack([matrices[place] for place in alike]).bfloat16()).float()
+        updates.update(zip(alike, together.unbind(), strict=True))
+    return [updates[place] for place in range(len(matrices))]
 
 
 def is_matrix(parameter: torch.Tensor) -> bool:
@@ -46,25 +63,31 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             slow, fast = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state, gradient = self.state[parameter], parameter.grad
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
+            for parameter, state in zip(parameters, states, strict=True):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                     if not group["matrix"]:
                         state["square"], state["step"] = torch.zeros_like(parameter), torch.zeros(())
-                if group["matrix"]:
-                    momentum = state["momentum"].lerp_(gradient, 0.05)
-                    update = orthogonalise(gradient.lerp(momentum, 0.95).flatten(1)).reshape(parameter.shape)
-                    # A step as large as Adam's: entries of root mean square 0.2 (Liu et al. 2025, 2502.16982).
-                    parameter.add_(
-                        update, alpha=-0.2 * group["lr"] * max(parameter.shape[0], parameter[0].numel()) ** 0.5
-                    )
-                else:
-                    state["step"] += 1
-                    count = float(state["step"])
-                    momentum = state["momentum"].lerp_(gradient, 1 - slow)
-                    square = state["square"].lerp_(gradient.square(), 1 - fast)
-                    scale = (square / (1 - fast**count)).sqrt_().add_(1e-8)
-                    parameter.addcdiv_(momentum, scale, value=-group["lr"] / (1 - slow**count))
+            momenta = [state["momentum"] for state in states]
+            if group["matrix"]:
+                torch._foreach_lerp_(momenta, gradients, 0.05)
+                ahead = torch._foreach_lerp(gradients, momenta, 0.95)
+                updates = orthogonalise_each([matrix.flatten(1) for matrix in ahead])
+                # A step as large as Adam's: entries of root mean square 0.2 (Liu et al. 2025, 2502.16982).
+                sizes = [-0.2 * group["lr"] * max(p.shape[0], p[0].numel()) ** 0.5 for p in parameters]
+                torch._foreach_mul_(updates, sizes)
+                torch._foreach_add_(parameters, [u.reshape(p.shape) for u, p in zip(updates, parameters, strict=True)])
+                continue
+            squares = [state["square"] for state in states]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            counts = [float(state["step"]) for state in states]
+            torch._foreach_lerp_(momenta, gradients, 1 - slow)
+            torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - fast)
+            scales = torch._foreach_div(squares, [1 - fast**count for count in counts])
+            torch._foreach_sqrt_(scales)
+            torch._foreach_add_(scales, 1e-8)
+            torch._foreach_addcdiv_(parameters, momenta, scales, [-group["lr"] / (1 - slow**count) for count in counts])

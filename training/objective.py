@@ -203,7 +203,9 @@ class FlowObjective(nn.Module):
         bounds = (settings.understand_share, settings.understand_share + settings.generate_share)
         if size * min(share for share in (bounds[0], 1 - bounds[0], 1.0) if share > 0) >= 1:
             # points (i + offset) / size: counts are within one of the share, and right on average
-            offset = float(_rand(1, generator))
+            offset = 0.0  # whole counts are the same for any offset, and reading one would hold up an accelerator
+            if any(bound * size % 1 for bound in bounds):
+                offset = float(_rand(1, generator))
             first, second = (sum((i + offset) / size < bound for i in range(size)) for bound in bounds)
             return first, second - first
         if settings.captions_per_clip > 1 and torch.distributed.is_initialized():
@@ -220,7 +222,10 @@ class FlowObjective(nn.Module):
             return torch.where(dropped[:, None, None], self.empty_prompt_0, batch["prompt_embeds"])
         ids = torch.where(dropped[:, None], self.empty_prompt_0, batch["prompt_encoder_ids"])
         mask = torch.where(dropped[:, None], self.empty_prompt_1, batch["prompt_encoder_mask"])
-        embeds = self.prompt_encoder(ids, mask).last_hidden_state
+        # as the encoder would prepare it, but for a look at whether all is masked, for which an accelerator would wait
+        hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, torch.finfo(torch.float32).min)
+        hidden = hidden[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        embeds = self.prompt_encoder(ids, hidden).last_hidden_state
         return embeds * mask.unsqueeze(-1).to(embeds.dtype)
 
     # ---- the passes ----

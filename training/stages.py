@@ -63,7 +63,8 @@ class ModelConfig:
     """What the stage builds anew; everything else is in the pipeline it starts from."""
 
     vae: str = ""  # pretrain: the folder of a finished autoencoder
-    # pretrain: arguments of UniViGUTransformer3DModel; refine: those to change, for parts that start at nothing
+    # pretrain: arguments of UniViGUTransformer3DModel; with a start of ours: those to change, for parts that start at
+    # nothing, such as more layers
     transformer: dict[str, Any] = field(default_factory=dict)
     prompt_encoder: dict[str, Any] = field(default_factory=dict)  # pretrain: arguments of UMT5Config
     video_shift: float = 3.0  # of the clip's time, in training and sampling; Wan's for 480p
@@ -154,6 +155,8 @@ class StageObjective(torch.nn.Module):
         count = len(self.data.held_out)
         for start in range(0, count, self.batch_size):
             items = [self.data.held_out[index] for index in range(start, min(start + self.batch_size, count))]
+            for item in items:  # in half precision they could not be stacked under autocast
+                item["latents"] = item["latents"].float()
             batch = {name: value.to(device) for name, value in default_collate(items).items()}
             for name, value in self.flow.losses_on_grid(batch, seed=start).items():
                 totals[name] = totals.get(name, 0.0) + value * len(items) / count
@@ -208,7 +211,8 @@ def build_stage(config: StageRun) -> StageObjective:
     pipeline, prompt_encoder = build_pipeline(config), None
     if pipeline.text_encoder is None:
         prompt_encoder = model_folder(config.stage.start, ["text_encoder/*"]) / "text_encoder"
-    return StageObjective(config, pipeline, open_data(config.data, pipeline, prompt_encoder), prompt_encoder)
+    data = open_data(config.data, pipeline, prompt_encoder, config.run.batch_size)
+    return StageObjective(config, pipeline, data, prompt_encoder)
 
 
 def build_pipeline(config: StageRun) -> UniViGUPipeline:
@@ -227,6 +231,8 @@ def build_pipeline(config: StageRun) -> UniViGUPipeline:
                 raise ValueError(f"model.transformer has {part}, which Wan does not know: leave it to refine.")
             return pipeline
         pipeline = _generator(config.stage.start)
+        if model.transformer:
+            pipeline.register_modules(transformer=grown(pipeline.transformer, model.transformer))
     elif not config.stage.start:
         raise ValueError(f"stage.start is empty: name the {stage.starts_from} that {config.stage.name} starts from.")
     elif stage.starts_from == "generator":
@@ -284,10 +290,20 @@ def new_generator(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Uni
 def grown(transformer: UniViGUTransformer3DModel, changed: dict[str, Any]) -> UniViGUTransformer3DModel:
     """The network with parts that it did not have; what it knew, it still knows."""
     new = UniViGUTransformer3DModel.from_config(transformer.config, **changed)
+    for block in new.blocks[len(transformer.blocks) :]:  # a new block adds nothing at first
+        for part in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[-1]):
+            _silence(part)
+        if block.token_ffn is not None:
+            _silence(block.token_ffn.net[-1])
     lost = new.load_state_dict(transformer.state_dict(), strict=False).unexpected_keys
     if lost:
         raise ValueError(f"model.transformer leaves no place for {lost[0]}, which stage.start has.")
     return new
+
+
+def _silence(layer: torch.nn.Linear) -> None:
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
 
 
 def _scheduler(model: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
@@ -325,7 +341,9 @@ def save_whole(save: Callable[[Path], None], folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def open_data(settings: dict[str, Any], pipeline: UniViGUPipeline, prompt_encoder: Path | None) -> StageData:
+def open_data(
+    settings: dict[str, Any], pipeline: UniViGUPipeline, prompt_encoder: Path | None, batch_size: int
+) -> StageData:
     """What a stage learns from. `kind: clips` reads a cache of any clips, `kind: toybox` that of the toy world."""
     from training.config import build_config
     from training.toybox.dataset import ToyDataConfig, open_toybox
@@ -339,4 +357,4 @@ def open_data(settings: dict[str, Any], pipeline: UniViGUPipeline, prompt_encode
         return open_clips(build_config(DataConfig, rest, "data."), pipeline, prompt_encoder)
     if kind != "toybox":
         raise ValueError(f"data.kind must be clips or toybox, not {kind!r}.")
-    return open_toybox(build_config(ToyDataConfig, rest, "data."), pipeline)
+    return open_toybox(build_config(ToyDataConfig, rest, "data."), pipeline, batch_size)

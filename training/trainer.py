@@ -180,7 +180,9 @@ class _Run:
                 if run.checkpointing and getattr(part, "_supports_gradient_checkpointing", False):
                     part.enable_gradient_checkpointing(_recomputed)
                 if run.compile and getattr(part, "_repeated_blocks", None):
-                    part.compile_repeated_blocks()
+                    # a batch that is drawn on the accelerator has one size
+                    is_fixed = getattr(objective.train_data, "resident", False)
+                    part.compile_repeated_blocks(dynamic=False if is_fixed else None)
         # Processes that share their examples are one group; without context parallel a group is one process.
         self.groups = self.accelerator.num_processes // run.context_parallel
         self.group = self.accelerator.process_index // run.context_parallel
@@ -200,6 +202,7 @@ class _Run:
         self.average = EMAModel([local(p) for p in self.parameters], decay=run.ema_decay, foreach=True)
         self.accumulate = optim.accumulate
         self.stop_signal: int | None = None
+        self.unchecked: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self._resume()
         self.progress.processes = self.groups
         self.progress.micro_batches = self.accumulate * self.groups
@@ -272,17 +275,25 @@ class _Run:
             norm = torch.as_tensor(self.model.get_global_grad_norm())
         else:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.optim.grad_clip)
-        if not torch.isfinite(norm):  # the norm is taken over all processes, so all of them stop
-            kept = find_checkpoints(self.folder)
-            raise ValueError(
-                f"Step {step + 1} gave a loss of {float(totals['loss'])} and a gradient of norm {float(norm)}: lower "
-                f"optim.lr or lengthen optim.warmup_steps; "
-                + (f"{kept[-1]} is the last good checkpoint." if kept else "there is no checkpoint yet.")
-            )
+        self._check_last()  # of the step before: an accelerator then has this one at hand and need not wait
+        self.unchecked = (step, totals["loss"], norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.step([local(p) for p in self.parameters])
         return {**totals, "gradient_norm": norm, "lr": torch.tensor(share * self.optim.lr)}
+
+    def _check_last(self) -> None:
+        """Nothing is saved before its step is checked. A norm is taken over all processes, so all of them stop."""
+        if self.unchecked is None:
+            return
+        (step, loss, norm), self.unchecked = self.unchecked, None
+        if not torch.isfinite(norm):
+            kept = find_checkpoints(self.folder)
+            raise ValueError(
+                f"Step {step + 1} gave a loss of {float(loss)} and a gradient of norm {float(norm)}: lower optim.lr or "
+                "lengthen optim.warmup_steps; "
+                + (f"{kept[-1]} is the last good checkpoint." if kept else "there is no checkpoint yet.")
+            )
 
     @contextlib.contextmanager
     def _reducing(self, last: bool) -> Iterator[None]:
@@ -313,7 +324,8 @@ class _Run:
             raise ValueError(f"{reason}{kept}") from None
 
     def _batches(self) -> DataLoader:
-        data, workers, per_step = self.objective.train_data, self.run.workers, self.progress.micro_batches
+        data, per_step = self.objective.train_data, self.progress.micro_batches
+        workers = 0 if getattr(data, "resident", False) else self.run.workers
         whole_batches = getattr(data, "gives_batches", False)
         if whole_batches:
             data.micro_batches = per_step
@@ -334,7 +346,8 @@ class _Run:
         main = self.accelerator.is_main_process
         self.model.eval()
         try:
-            with self._averaged():
+            # compiled blocks are for training's sizes; for each of those that follow they would be compiled anew
+            with self._averaged(), torch.compiler.set_stance("force_eager"):
                 with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast(), self._gathered():
                     figures = self.objective.validate()
                     if main:
@@ -382,6 +395,7 @@ class _Run:
 
     def _save(self) -> None:
         """A checkpoint under a temporary name, flushed to the disk and then renamed: it is there whole or not at all."""  # noqa: E501
+        self._check_last()
         step, checkpoints = self.progress.step, self.folder / "checkpoints"
         final, partial = checkpoints / f"step-{step:08d}", checkpoints / f"{_PARTIAL}step-{step:08d}"
         if final.exists() and _damage(final) is None:

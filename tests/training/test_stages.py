@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
-from toy import make_world, stage_run
+from toy import CHANNELS, make_world, stage_run
 
 from training.baselines import AutoregressiveCaptioner, CaptionerObjective, CaptionerRun
 from training.config import build_config
@@ -162,6 +162,24 @@ def test_refinement_adds_parts_that_start_at_nothing(world, recalled):
     assert after.token_scheduler.config.stochastic_sampling and after.token_scheduler.config.shift == 1.4
     with pytest.raises(ValueError, match="leaves no place for blocks"):
         build_stage(stage_run(world, "refine", Path("unused"), recalled, model={"transformer": {"num_layers": 1}}))
+
+
+@pytest.mark.parametrize("name", ["refine", "pretrain"])
+def test_a_network_grown_by_layers_says_what_it_said(world, recalled, name):
+    torch.manual_seed(0)
+    state = [torch.randn(2, CHANNELS, 5, 8, 8), torch.tensor([900.0, 300.0]), torch.randn(2, 24, 16)]
+    if name == "refine":
+        state += [torch.randn(2, 32, 8), torch.tensor([500.0, 100.0])]
+    said = []
+    for layers in (2, 4):
+        changes = {"transformer": {"num_layers": layers}}
+        network = build_stage(stage_run(world, name, Path("unused"), recalled, model=changes)).pipeline.transformer
+        assert len(network.blocks) == layers
+        with torch.no_grad():
+            said.append([part for part in network(*state, return_dict=False) if part is not None])
+    assert len(said[0]) == (2 if name == "refine" else 1)
+    for before, after in zip(*said, strict=True):
+        assert torch.equal(before, after)
 
 
 def test_a_stage_without_its_start_says_so(world, tmp_path):

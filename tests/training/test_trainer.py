@@ -16,7 +16,9 @@ import torch
 from torch.utils.data import Dataset
 
 from training.__main__ import main
-from training.config import OptimConfig, RunConfig
+from training.config import OptimConfig, RunConfig, load_config
+from training.muon import orthogonalise
+from training.stages import StageRun
 from training.trainer import find_checkpoints, train
 
 
@@ -178,6 +180,21 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(tm
         train(Line(poison_at=4), settings(tmp_path, 8), OptimConfig(**CONSTANT))
 
 
+def test_a_bare_no_is_a_word():
+    assert load_config(StageRun, "recall", ["run.mixed_precision=no"]).run.mixed_precision == "no"
+
+
+def test_matrices_in_a_stack_move_as_they_would_alone():
+    torch.manual_seed(0)
+    for shape in ((24, 40), (40, 24)):
+        stack = torch.randn(3, *shape)
+        together = orthogonalise(stack)
+        for matrix, update in zip(stack, together, strict=True):
+            torch.testing.assert_close(orthogonalise(matrix), update, atol=1e-4, rtol=0)
+        values = torch.linalg.svdvals(together)
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -197,7 +214,18 @@ def test_a_wrong_setting_is_one_sentence(override, sentence, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["pretrain", "recall", "recall_scratch", "refine", "pretrain_continued", "captioner", "vae"]
+    "name",
+    [
+        "pretrain",
+        "recall",
+        "recall_scratch",
+        "refine",
+        "refine-single",
+        "refine-gpu",
+        "pretrain_continued",
+        "captioner",
+        "vae",
+    ],
 )
 def test_every_configuration_is_readable(name):
     from training.baselines import CaptionerRun
@@ -207,4 +235,4 @@ def test_every_configuration_is_readable(name):
 
     kind = {"captioner": CaptionerRun, "vae": VAERun}.get(name, StageRun)
     config = load_config(kind, name, [])
-    assert config.run.folder == f"runs/{name}" and config.run.steps > 0
+    assert config.run.folder == f"runs/{name.replace('-', '_')}" and config.run.steps > 0

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 
 from training.config import build_config
 from training.stages import StageRun
+from training.toybox import build_tokenizer
 from training.toybox.dataset import fill_cache
 
 CHANNELS = 8
@@ -37,9 +38,11 @@ def save_vae(folder: Path, seed: int = 0) -> Path:
 
 
 def make_world(folder: Path) -> Path:
-    """`folder`/vae and `folder`/cache."""
+    """`folder`/vae, `folder`/tokenizer and `folder`/cache."""
     save_vae(folder / "vae")
-    fill_cache(folder / "vae", folder / "cache", {"train": TRAIN, "held_out": HELD_OUT}, shard_clips=8)
+    build_tokenizer().save_pretrained(folder / "tokenizer")
+    counts = {"train": TRAIN, "held_out": HELD_OUT}
+    fill_cache(folder / "vae", folder / "cache", counts, shard_clips=8, tokenizer=folder / "tokenizer")
     return folder
 
 

@@ -13,7 +13,9 @@ import math
 import multiprocessing
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -25,19 +27,21 @@ from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.ledger import locked, replacing
 from training.stages import StageData
 from training.toybox.captions import CAPTION_TOKENS, caption
 from training.toybox.prompts import PROMPT_TOKENS, brief
 from training.toybox.render import render
-from training.toybox.scenes import SPLITS, scene_at
+from training.toybox.scenes import SPLITS, Scene, scene_at
 from training.vae import to_tensor
 from univigu import UniViGUPipeline
 from univigu.whole_clip import encode_clip
 
 _BATCH = 8
+_DRAWN, _AHEAD = 64, 8  # clips that a process draws at a time; shards that are drawn before they are needed
+_WORDINGS = 4  # of each clip, where they are kept
 
 
 @dataclass
@@ -46,6 +50,12 @@ class ToyDataConfig:
     seed: int = 0  # of the order of clips and the wording of texts; that of the scenes is the cache's
     two_actors: float | None = None  # share of training's clips that show two; null: as they come, about half
     detailed_prompts: float = 0.0  # share of training's prompts that are detailed captions and leave nothing open
+    # So many training clips are kept on the accelerator, with words drawn when they were cached (toybox-cache
+    # --tokenizer), and the processor has nothing to do for a batch; 0 reads the disk.
+    resident: int = 0
+    # The cache is still being filled: the first step knows so many clips, each step so many more than the one before.
+    resident_first: int = 0
+    resident_growth: float = 0.0
     validation_clips: int = 64  # to caption
     validation_prompts: int = 8  # to show; the oracle needs a second for each clip
 
@@ -93,8 +103,12 @@ def fill_cache(
     seed: int = 0,
     processes: int = 1,
     shard_clips: int = 512,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Encode the first scenes of every split, as many as `counts` says; shards that are there stay."""
+    """Encode the first scenes of every split, as many as `counts` says; shards that are there stay.
+
+    With a `tokenizer`, its folder, each clip of a new shard is kept with words. Where there is an accelerator it
+    encodes, and the processes draw; else each process does both."""
     settings = {"world": world_version(), "vae": vae_version(vae_folder), "seed": seed, "shard": shard_clips}
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -112,9 +126,12 @@ def fill_cache(
             for start in range(0, counts[split], shard_clips):
                 path = target / f"{split}-{start:07d}.safetensors"
                 if not path.exists():
-                    jobs.append((path, split, range(start, min(start + shard_clips, counts[split])), settings))
+                    clips = range(start, min(start + shard_clips, counts[split]))
+                    jobs.append((path, split, clips, settings, tokenizer))
         began, made = time.monotonic(), 0
-        if processes == 1:
+        if torch.accelerator.is_available():
+            pool, done = _by_accelerator(jobs, vae_folder, processes)
+        elif processes == 1:
             _start_encoder(vae_folder)
             done = map(_write_shard, jobs)
             pool = nullcontext()
@@ -123,7 +140,7 @@ def fill_cache(
             pool = ProcessPoolExecutor(processes, spawn, _start_encoder, (vae_folder,))
             done = pool.map(_write_shard, jobs)
         with pool:
-            for number, (path, _, clips, _) in enumerate(jobs, 1):
+            for number, (path, _, clips, *_) in enumerate(jobs, 1):
                 next(done)
                 made += len(clips)
                 rate = made / (time.monotonic() - began)
@@ -141,25 +158,72 @@ def _start_encoder(vae_folder: Path) -> None:
             layer.to(memory_format=torch.channels_last_3d)
 
 
-def _write_shard(job: tuple[Path, str, range, dict]) -> None:
-    path, split, clips, settings = job
-    parts = []
+def _by_accelerator(jobs: list[tuple], vae_folder: Path, processes: int) -> tuple[ProcessPoolExecutor, Iterator[None]]:
+    device = torch.accelerator.current_accelerator()
+    vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=torch.float32).eval().to(device)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+
+    def submit(job: tuple) -> list[Future]:
+        _, split, clips, settings, tokenizer = job
+        parts = [range(start, min(start + _DRAWN, clips.stop)) for start in range(clips.start, clips.stop, _DRAWN)]
+        return [pool.submit(_draw, settings["seed"], split, part, tokenizer) for part in parts]
+
+    def write() -> Iterator[None]:
+        waiting = deque(submit(job) for job in jobs[:_AHEAD])
+        for number, job in enumerate(jobs):
+            if number + _AHEAD < len(jobs):
+                waiting.append(submit(jobs[number + _AHEAD]))
+            drawn = [part.result() for part in waiting.popleft()]
+            latents = [encode(vae, clips).half() for clips, _ in drawn]
+            _save_shard(job, torch.cat(latents), np.concatenate([words for _, words in drawn]))
+            yield
+
+    return pool, write()
+
+
+def _write_shard(job: tuple) -> None:
+    _, split, clips, settings, tokenizer = job
+    parts, words = [], []
     for start in range(clips.start, clips.stop, _BATCH):
-        frames = [render(scene_at(settings["seed"], i, split)) for i in range(start, min(start + _BATCH, clips.stop))]
-        parts.append(encode(_encoder, np.stack(frames)).half())
-    latents = torch.cat(parts).contiguous()  # an encoder in another memory layout gives latents in it too
+        part = range(start, min(start + _BATCH, clips.stop))
+        drawn = _draw(settings["seed"], split, part, tokenizer)
+        parts.append(encode(_encoder, drawn[0]).half())
+        words.append(drawn[1])
+    _save_shard(job, torch.cat(parts), np.concatenate(words))
+
+
+def _draw(seed: int, split: str, indices: range, tokenizer: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Clips (B, F, H, W, 3) in uint8, and their words (B, wordings, ids): see `words_in_rows`."""
+    scenes = [scene_at(seed, index, split) for index in indices]
+    words = np.empty((len(scenes), 0, 0), dtype=np.int16)
+    if tokenizer is not None:
+        rngs = [np.random.default_rng([seed, index]) for index in indices]
+        words = np.stack([words_in_rows(s, rng, _tokenizer(tokenizer)) for s, rng in zip(scenes, rngs, strict=True)])
+    return np.stack([render(scene) for scene in scenes]), words
+
+
+def _save_shard(job: tuple, latents: torch.Tensor, words: np.ndarray) -> None:
+    path, split, clips, settings, tokenizer = job
     if not torch.isfinite(latents).all():
         raise ValueError("The autoencoder gives latents that are not finite: its training has failed.")
-    metadata = {**settings, "split": split, "start": clips.start, "crc32": _checksum(latents)}
+    latents = latents.contiguous()  # an encoder in another memory layout gives them in it too
+    metadata, tensors = {**settings, "split": split, "start": clips.start}, {"latents": latents}
+    if tokenizer is not None:
+        tensors["words"] = torch.from_numpy(words)
+        metadata["tokenizer"] = tokenizer_version(_tokenizer(tokenizer))
+    metadata["crc32"] = _checksum(tensors)
     with replacing(path, path.with_name(f".{path.stem}.partial")) as partial:
         try:
-            save_file({"latents": latents}, partial, {key: str(value) for key, value in metadata.items()})
+            save_file(tensors, partial, {key: str(value) for key, value in metadata.items()})
         except SafetensorError as error:  # what a full disk looks like from there
             raise ValueError(f"'{path}' cannot be written: {' '.join(str(error).split())}.") from None
 
 
-def _checksum(latents: torch.Tensor) -> int:
-    return zlib.crc32(latents.numpy().tobytes())
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
+    return checksum
 
 
 def _read_json(path: Path) -> dict:
@@ -197,29 +261,11 @@ class LatentCache:
         self.settings = _read_json(folder / "settings.json")
         self.shards: list[torch.Tensor] = []
         for path in sorted(folder.glob(f"{split}-*.safetensors")):
-            self.shards.append(self._open(path, split, len(self)))
+            self.shards.append(read_shard(path, {**self.settings, "split": split, "start": len(self)})["latents"])
         if not self.shards:
             raise ValueError(
                 f"The cache '{folder}' holds no {split} clips: fill it with python -m training toybox-cache."
             )
-
-    def _open(self, path: Path, split: str, start: int) -> torch.Tensor:
-        again = "remove it and run python -m training toybox-cache again"
-        try:
-            with safe_open(path, "pt") as file:
-                latents, metadata = file.get_tensor("latents"), file.metadata()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"The shard '{path}' is damaged ({' '.join(str(error).split())}): {again}.") from None
-        wanted = {**self.settings, "split": split, "start": start}
-        for key, value in wanted.items():
-            if metadata.get(key) != str(value):
-                raise ValueError(
-                    f"The shard '{path}' does not belong there (its {key} is {metadata.get(key)} instead of {value}): "
-                    f"{again}."
-                )
-        if metadata["crc32"] != str(_checksum(latents)):
-            raise ValueError(f"The shard '{path}' is damaged (its checksum is wrong): {again}.")
-        return latents
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -227,6 +273,57 @@ class LatentCache:
     def __getitem__(self, index: int) -> torch.Tensor:
         shard, inside = divmod(index, self.settings["shard"])
         return self.shards[shard][inside]
+
+
+def read_shard(path: Path, wanted: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a shard that is what its place in the cache says."""
+    again = "remove it and run python -m training toybox-cache again"
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"The shard '{path}' is damaged ({' '.join(str(error).split())}): {again}.") from None
+    for key, value in wanted.items():
+        if key == "tokenizer" and metadata.get(key) != value:
+            raise ValueError(
+                f"The shard '{path}' holds {'no words' if key not in metadata else 'the words of another tokenizer'}: "
+                "fill a new cache with python -m training toybox-cache --tokenizer and the model's own."
+            )
+        if metadata.get(key) != str(value):
+            raise ValueError(
+                f"The shard '{path}' does not belong there (its {key} is {metadata.get(key)} instead of {value}): "
+                f"{again}."
+            )
+    if metadata["crc32"] != str(_checksum(tensors)):
+        raise ValueError(f"The shard '{path}' is damaged (its checksum is wrong): {again}.")
+    return tensors
+
+
+def words_of(scene: Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of a caption, of a brief prompt, and of a prompt that names all, brief again where that would be too long."""
+    said, brief_prompt = (tokenizer(text(scene, rng)).input_ids for text in (caption, brief))
+    whole = tokenizer(caption(scene, rng)).input_ids
+    return [said, brief_prompt, whole if len(whole) <= PROMPT_TOKENS else brief_prompt]
+
+
+def words_in_rows(scene: Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Each wording is a row: caption, brief prompt and whole one, each padded, and how many actors there are."""
+    sizes = CAPTION_TOKENS, PROMPT_TOKENS, PROMPT_TOKENS
+    rows = np.full((_WORDINGS, sum(sizes) + 1), tokenizer.pad_token_id, dtype=np.int16)
+    for row in rows:
+        start = 0
+        for ids, size in zip(words_of(scene, rng, tokenizer), sizes, strict=True):
+            row[start : start + len(ids)] = ids
+            start += size
+        row[-1] = len(scene.actors)
+    return rows
+
+
+_tokenizer = cache(PreTrainedTokenizerFast.from_pretrained)
+
+
+def tokenizer_version(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 class ToyLatents(Dataset):
@@ -281,10 +378,9 @@ class ToyLatents(Dataset):
         index = self.scene_index(position)
         scene = _scene(self.latents.settings["seed"], index, self.split)
         rng = np.random.default_rng([self.seed, position, zlib.crc32(self.split.encode())])
-        detailed, prompt = (self.tokenizer(text(scene, rng)).input_ids for text in (caption, brief))
+        detailed, prompt, whole = words_of(scene, rng, self.tokenizer)
         if rng.random() < self.detailed_prompts:
-            whole = self.tokenizer(caption(scene, rng)).input_ids
-            prompt = whole if len(whole) <= PROMPT_TOKENS else prompt
+            prompt = whole
         padded = prompt + [self.tokenizer.pad_token_id] * (PROMPT_TOKENS - len(prompt))
         return {
             "latents": self.latents[index],
@@ -309,30 +405,38 @@ def _order(seed: int, around: int, count: int) -> np.ndarray:
 _scene = lru_cache(maxsize=100_000)(scene_at)  # placing actors takes longer than all the rest of an item
 
 
-def open_toybox(config: ToyDataConfig, pipeline: UniViGUPipeline) -> StageData:
+def open_toybox(config: ToyDataConfig, pipeline: UniViGUPipeline, batch_size: int) -> StageData:
     """Training and validation clips for a pipeline whose autoencoder made them."""
     from training.toybox.probe import ToyProbe
+    from training.toybox.resident import ResidentToyLatents
 
     folder, tokenizer = Path(config.cache), pipeline.tokenizer
-    train, held_out = (LatentCache(folder, split) for split in SPLITS)
+    held_out = LatentCache(folder, "held_out")
     _check_settings(folder, {"world": world_version()})
-    example = encode(pipeline.vae.float(), render(scene_at(train.settings["seed"], 0, "train"))[None])[0]
-    if (example - train[0].float()).abs().max() > 0.05:
-        raise ValueError(
-            f"The latents in '{folder}' were made by another autoencoder than the model's: give the model's own cache, "
-            "or fill a new one with python -m training toybox-cache."
-        )
-    empty = tokenizer("", padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt")
-    return StageData(
-        train=ToyLatents(
-            train,
+    if config.resident:
+        train = ResidentToyLatents(config, held_out.settings, tokenizer, batch_size)
+        first = train.read(0)["latents"][0]
+    else:
+        latents = LatentCache(folder, "train")
+        first = latents[0]
+        train = ToyLatents(
+            latents,
             "train",
             config.seed,
             tokenizer,
             shuffled=True,
             two_actors=config.two_actors,
             detailed_prompts=config.detailed_prompts,
-        ),
+        )
+    example = encode(pipeline.vae.float(), render(scene_at(held_out.settings["seed"], 0, "train"))[None])[0]
+    if (example - first.float()).abs().max() > 0.05:
+        raise ValueError(
+            f"The latents in '{folder}' were made by another autoencoder than the model's: give the model's own cache, "
+            "or fill a new one with python -m training toybox-cache."
+        )
+    empty = tokenizer("", padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt")
+    return StageData(
+        train=train,
         held_out=ToyLatents(held_out, "held_out", config.seed, tokenizer, False, config.validation_clips),
         empty_prompt=(empty.input_ids[0], empty.attention_mask[0]),
         probe=ToyProbe(held_out, config.validation_clips, config.validation_prompts),
