@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--guidance", type=float, help="of the prompt; left out, the model's own")
     command.add_argument("--captioner", type=Path, help="the folder of the autoregressive captioner to compare with")
     command.add_argument("--generator", type=Path, help="the folder of the video-only generator to compare with")
-    command.add_argument("--processes", type=int, default=1, help="for reading clips with the oracle")
+    command.add_argument("--processes", type=int, default=1, help="that share out the scenes")
     command.set_defaults(run=evaluate)
     return parser
 

@@ -12,9 +12,11 @@ import multiprocessing
 import os
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import permutations
 from math import sqrt
 from pathlib import Path
@@ -34,6 +36,8 @@ from training.toybox.scenes import scene_at
 from univigu import UniViGUPipeline
 from univigu.weights import load
 
+_AT_ONCE = 32  # scenes that share a pass, and are one process's work
+
 
 @dataclass
 class EvaluationConfig:
@@ -43,7 +47,7 @@ class EvaluationConfig:
     guidance_scale: float | None = None  # of the prompt; None is the model's own
     captioner: Path | None = None  # training.baselines
     generator: Path | None = None  # a pipeline that makes clips without captions
-    processes: int = 1  # for the oracle
+    processes: int = 1  # that share out the scenes
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
+    _load.cache_clear()  # a folder may hold another model than the last time
     pipeline = _load(folder)
     if settings.guidance_scale is None:
         settings = replace(settings, guidance_scale=pipeline.config.default_guidance_scale)
@@ -92,12 +97,31 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
         "parameters": {name: _size(getattr(pipeline, name)) for name in ("transformer", "text_encoder", "vae")},
     }
 
-    def made(pipe: UniViGUPipeline, task: str, **more) -> tuple:
-        guidance = 1.0 if task == "understand" else settings.guidance_scale
-        words = [""] * settings.count if task == "understand" else texts
-        return sample(pipe, task, words, seeds, settings.steps, guidance, **more)
+    with _workers(settings.processes) as each:
 
-    with _oracle(settings.processes) as look:
+        def look(shown: np.ndarray) -> list[Facts | None]:
+            return each(read_facts, [(clip,) for clip in shown])
+
+        def made(source: Path, task: str, given: torch.Tensor | None = None) -> tuple[list[Facts | None], list[str]]:
+            """What clips show and captions say; a task has none of the one or the other."""
+            guidance = 1.0 if task == "understand" else settings.guidance_scale
+            words = [""] * settings.count if task == "understand" else texts
+            parts = [slice(start, start + _AT_ONCE) for start in range(0, settings.count, _AT_ONCE)]
+            jobs = [
+                (
+                    source,
+                    task,
+                    words[part],
+                    seeds[part],
+                    settings.steps,
+                    guidance,
+                    None if given is None else given[part],
+                )
+                for part in parts
+            ]
+            shown, said = zip(*each(_made, jobs), strict=True)
+            return [one for part in shown for one in part], [text for part in said for text in part]
+
         # the autoencoder, and what the oracle makes of true clips and of its reconstructions
         restored = decode(pipeline, latents)
         error = ((restored.astype(np.float32) - clips) ** 2).reshape(len(clips), -1).mean(1)
@@ -110,9 +134,9 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
 
         # understanding, from the clip alone
         tables = {"chance": _shares(truth, _others(settings)), "majority": _shares(truth, _majority(settings, truth))}
-        tables["ours"] = _captions(truth, made(pipeline, "understand", clips=latents)[1])
+        tables["ours"] = _captions(truth, made(folder, "understand", latents)[1])
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(settings.seed))
-        tables["clip_replaced_by_noise"] = _captions(truth, made(pipeline, "understand", clips=noise)[1])
+        tables["clip_replaced_by_noise"] = _captions(truth, made(folder, "understand", noise)[1])
         if settings.captioner is not None:
             tables["captioner"] = _captions(truth, _autoregressive(settings.captioner, latents, pipeline, result))
         result["understanding"] = tables
@@ -120,21 +144,20 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
         # generation: what the prompt names, read by the oracle
         tables = {"chance": _shares(named, _others(settings))}
         tables["true_clips"] = _shares(named, truth)
-        shown = look(decode(pipeline, made(pipeline, "generate")[0]))
+        shown = made(folder, "generate")[0]
         tables["ours"] = _shares(named, shown)
         for number, name in enumerate(("one_actor", "two_actors"), 1):  # the second is the harder half
             part = [i for i, scene in enumerate(truth) if scene.count == number]
             if part:
                 tables[f"ours_{name}"] = _shares([named[i] for i in part], [shown[i] for i in part])
         if settings.generator is not None:
-            other = _load(settings.generator)
-            result["parameters"]["generator"] = _size(other.transformer)
-            tables["generator"] = _shares(named, look(decode(other, made(other, "generate")[0])))
+            result["parameters"]["generator"] = _size(_load(settings.generator).transformer)
+            tables["generator"] = _shares(named, made(settings.generator, "generate")[0])
         result["generation"] = tables
 
         # both at once
-        drawn, captions = made(pipeline, "joint")
-        shown, said = look(decode(pipeline, drawn)), [parse_caption(text) for text in captions]
+        shown, captions = made(folder, "joint")
+        said = [parse_caption(text) for text in captions]
         result["joint"] = {
             "caption_against_clip": _captions(shown, captions),
             "clip_against_prompt": _shares(named, shown),
@@ -152,6 +175,7 @@ def evaluate(folder: Path, target: Path, settings: EvaluationConfig) -> dict:
     return result
 
 
+@lru_cache(maxsize=2)
 def _load(folder: Path) -> UniViGUPipeline:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"'{folder}' holds no model: give a pipeline folder, such as assets/toybox.")
@@ -166,22 +190,26 @@ def _size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _oracle(processes: int):
-    """A context that gives a function from clips to the facts they show."""
+def _made(folder, task, prompts, seeds, steps, guidance, clips) -> tuple[list[Facts | None], list[str]]:
+    pipeline = _load(folder)
+    latents, captions = sample(pipeline, task, prompts, seeds, steps, guidance, clips, _AT_ONCE)
+    shown = [] if latents is None else [read_facts(clip) for clip in decode(pipeline, latents)]
+    return shown, captions or []
+
+
+@contextmanager
+def _workers(processes: int) -> Iterator[Callable[[Callable, list[tuple]], list]]:
+    """A function that calls another with each of many arguments and gives the results in their order."""
     if processes == 1:
-        return nullcontext(lambda clips: [read_facts(clip) for clip in clips])
-    return _Oracles(processes)
-
-
-class _Oracles:
-    def __init__(self, processes: int):
-        self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-
-    def __enter__(self):
-        return lambda clips: list(self.pool.map(read_facts, clips, chunksize=8))
-
-    def __exit__(self, *reason) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        yield lambda function, arguments: [function(*some) for some in arguments]
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,))
+    try:
+        yield lambda function, arguments: list(pool.map(function, *zip(*arguments, strict=True)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- what is counted ----

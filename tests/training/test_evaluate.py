@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from toy import CHANNELS, SIZES, save_vae
 from transformers import UMT5Config, UMT5EncoderModel
 
+from training import evaluate
 from training.__main__ import main
 from training.baselines import AutoregressiveCaptioner
 from training.evaluate import left_out, wilson
@@ -113,6 +114,18 @@ def test_one_command_writes_the_whole_table(pipeline, tmp_path, capsys):
     assert 0 < result["reconstruction"]["psnr"] < 30 and result["speed"]["joint_seconds"] > 0
     table = (tmp_path / "model/evaluation/evaluation.md").read_text()
     assert "2 held-out scenes" in table and "| captioner |" in table and table in capsys.readouterr().out
+
+
+def test_processes_share_the_scenes_and_change_no_figure(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_AT_ONCE", 2)
+    pipeline.save_pretrained(tmp_path / "model")
+    results = []
+    for processes in ("1", "2"):
+        command = ["evaluate", str(tmp_path / "model"), "--target", str(tmp_path / processes)]
+        assert main([*command, "--count", "3", "--steps", "2", "--processes", processes]) == 0
+        results.append(json.loads((tmp_path / processes / "evaluation.json").read_text()))
+        del results[-1]["speed"], results[-1]["settings"]["processes"]
+    assert results[0] == results[1]
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
