@@ -326,6 +326,20 @@ def tokenizer_version(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+def check_share(two_actors: float | None) -> None:
+    if two_actors is not None and not 0 <= two_actors <= 1:
+        raise ValueError(f"data.two_actors is a share between 0 and 1, not {two_actors}.")
+
+
+def by_actors(two: np.ndarray, share: float | None) -> list[np.ndarray]:
+    """The clips' numbers in kinds that are drawn from apart: all, or those of one actor and those of two."""
+    if share is None:
+        return [np.arange(len(two))]
+    if (share < 1 and two.all()) or (share > 0 and not two.any()):
+        raise ValueError(f"data.two_actors is {share}, and the cache has no such clips.")
+    return [np.flatnonzero(~two), np.flatnonzero(two)]
+
+
 class ToyLatents(Dataset):
     """Cached clips with words of the moment; item i is the same whenever it is asked for.
 
@@ -347,17 +361,12 @@ class ToyLatents(Dataset):
         self.latents, self.split, self.seed, self.tokenizer, self.shuffled = latents, split, seed, tokenizer, shuffled
         self.count = 2**62 if shuffled else min(count or len(latents), len(latents))
         self.detailed_prompts = detailed_prompts
-        self.two_actors, everything = two_actors, np.arange(len(latents))
-        if two_actors is None:
-            self.clips = [everything]
-        elif not 0 <= two_actors <= 1:
-            raise ValueError(f"data.two_actors is a share between 0 and 1, not {two_actors}.")
-        else:
-            drawn_from = latents.settings["seed"]
-            two = np.array([len(_scene(drawn_from, int(i), split).actors) == 2 for i in everything])
-            self.clips = [everything[~two], everything[two]]
-            if (two_actors < 1 and two.all()) or (two_actors > 0 and not two.any()):
-                raise ValueError(f"data.two_actors is {two_actors}, and the cache has no such clips.")
+        self.two_actors = two_actors
+        check_share(two_actors)
+        two = np.zeros(len(latents), dtype=bool)
+        if two_actors is not None:
+            two[:] = [len(_scene(latents.settings["seed"], i, split).actors) == 2 for i in range(len(latents))]
+        self.clips = by_actors(two, two_actors)
 
     def __len__(self) -> int:
         return self.count
@@ -415,7 +424,7 @@ def open_toybox(config: ToyDataConfig, pipeline: UniViGUPipeline, batch_size: in
     _check_settings(folder, {"world": world_version()})
     if config.resident:
         train = ResidentToyLatents(config, held_out.settings, tokenizer, batch_size)
-        first = train.read(0)["latents"][0]
+        first = train.first["latents"][0]
     else:
         latents = LatentCache(folder, "train")
         first = latents[0]

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from training.toybox.captions import CAPTION_TOKENS
-from training.toybox.dataset import read_shard, tokenizer_version
+from training.toybox.dataset import by_actors, check_share, read_shard, tokenizer_version
 from training.toybox.prompts import PROMPT_TOKENS
 
 _PATIENCE = 120.0  # seconds for which no new shard may come
@@ -30,11 +30,11 @@ class ResidentToyLatents(Dataset):
 
     def __init__(self, config, settings: dict, tokenizer, batch_size: int):
         """`config`: a ToyDataConfig; `settings`: what the cache says of its shards."""
-        if config.two_actors is not None and not 0 <= config.two_actors <= 1:
-            raise ValueError(f"data.two_actors is a share between 0 and 1, not {config.two_actors}.")
+        check_share(config.two_actors)
         self.config, self.settings, self.batch_size, self.micro_batches = config, settings, batch_size, 1
         self.pad, self.end = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.wanted = {**settings, "split": "train", "tokenizer": tokenizer_version(tokenizer)}
+        self.first = self.read(0)
         self.latents = self.words = None
         self.loaded, self.failure, self.news = 0, None, threading.Condition()
         self.known, self.kinds = 0, []
@@ -87,9 +87,8 @@ class ResidentToyLatents(Dataset):
 
     def _wait_for(self, count: int) -> None:
         if self.latents is None:
-            first = self.read(0)
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-            latents, words = (first[name] for name in ("latents", "words"))
+            latents, words = (self.first[name] for name in ("latents", "words"))
             self.latents = torch.empty((self.config.resident, *latents.shape[1:]), dtype=latents.dtype, device=device)
             self.words = torch.empty((self.config.resident, *words.shape[1:]), dtype=words.dtype, device=device)
             self.actors = np.empty(self.config.resident, dtype=np.int16)
@@ -100,12 +99,7 @@ class ResidentToyLatents(Dataset):
             self.news.wait_for(lambda: self.loaded >= count or self.failure is not None)
         if self.loaded < count:
             raise ValueError(str(self.failure))
-        clips = [np.arange(count)]
-        if self.config.two_actors is not None:
-            two = self.actors[:count] == 2
-            clips = [clips[0][~two], clips[0][two]]
-            if not all(map(len, clips)):
-                raise ValueError(f"data.two_actors is {self.config.two_actors}, and the cache has no such clips.")
+        clips = by_actors(self.actors[:count] == 2, self.config.two_actors)
         self.known, self.kinds = count, [torch.from_numpy(kind).to(self.latents.device) for kind in clips]
 
     def _follow(self) -> None:
@@ -113,7 +107,7 @@ class ResidentToyLatents(Dataset):
         failure: Exception | None = None
         try:
             for start in range(0, self.config.resident, self.settings["shard"]):
-                tensors = self.read(start)
+                tensors = self.read(start) if start else self.first
                 part = slice(start, min(start + len(tensors["latents"]), self.config.resident))
                 for kept, name in ((self.latents, "latents"), (self.words, "words")):
                     kept[part].copy_(tensors[name][: part.stop - start])
