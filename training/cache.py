@@ -24,7 +24,7 @@ from diffusers import WanPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.data import DataConfig, Report, Row, Size, check, content_hash, read_clip
 from training.ledger import Ledger, locked, replacing, writing
@@ -76,12 +76,16 @@ def latents_settings(pipeline: UniViGUPipeline) -> dict[str, Any]:
     return {"autoencoder": fingerprint(pipeline.vae, config), "normalized": pipeline.config.normalize_latents}
 
 
+def tokenizer_version(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for a tokenizer's words and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
 def prompts_settings(pipeline: UniViGUPipeline, prompt_encoder: Path | None = None) -> dict[str, Any]:
     """`prompt_encoder`: the folder of the encoder that a pipeline was loaded without."""
-    words = json.dumps(sorted(pipeline.tokenizer.get_vocab().items()))
     return {
         "prompt_encoder": stored_fingerprint(prompt_encoder) if prompt_encoder else fingerprint(pipeline.text_encoder),
-        "tokenizer": hashlib.sha256(words.encode()).hexdigest()[:16],
+        "tokenizer": tokenizer_version(pipeline.tokenizer),
         "max_prompt_tokens": pipeline.config.max_prompt_tokens,
         "zero_prompt_padding": pipeline.config.zero_prompt_padding,
     }

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from training.cache import tokenizer_version
 from training.ledger import locked, replacing
 from training.stages import StageData
 from training.toybox.captions import CAPTION_TOKENS, caption
@@ -320,10 +321,6 @@ def words_in_rows(scene: Scene, rng: np.random.Generator, tokenizer: PreTrainedT
 
 
 _tokenizer = cache(PreTrainedTokenizerFast.from_pretrained)
-
-
-def tokenizer_version(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def check_share(two_actors: float | None) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from training.cache import tokenizer_version
 from training.toybox.captions import CAPTION_TOKENS
-from training.toybox.dataset import by_actors, check_share, read_shard, tokenizer_version
+from training.toybox.dataset import by_actors, check_share, read_shard
 from training.toybox.prompts import PROMPT_TOKENS
 
 _PATIENCE = 120.0  # seconds for which no new shard may come
