@@ -319,6 +319,20 @@ def test_oracle_reads_clips_back(scenes, harm, count, least):
     assert min(rates.values()) >= least, rates
 
 
+def test_oracle_finds_a_small_actor_beside_a_smeared_large_one(scenes):
+    """What the large one's likeness does not explain of it is no second actor, and hides none."""
+    found = []
+    for scene in scenes:
+        if {actor.size for actor in scene.actors} != {"small", "large"} or len(found) == 30:
+            continue
+        small, large = sorted(scene.actors, key=lambda actor: actor.size == "large")
+        smears = [replace(large, x=large.x + shift) for shift in (-6, -3, 0, 3, 6)]
+        clip = np.maximum.reduce([render(replace(scene, actors=(smear, small))) for smear in smears])
+        found.append((small.kind, small.colour) in [(actor.kind, actor.colour) for actor in read_facts(clip).actors])
+    print(f"{sum(found)} of {len(found)} small actors found")
+    assert len(found) == 30 and sum(found) >= 26
+
+
 def test_oracle_sees_no_actor_where_there_is_none():
     for place, time in product(PLACES, TIMES):
         empty = render(Scene(place, time, (), 0.3, 0.6))

@@ -120,7 +120,7 @@ def _find_actor(frames: np.ndarray, model: np.ndarray, time: str, found: list[_F
     views = _Views(frames, model, time)
     # What it is and how large it starts shows in the first frame; where it goes, in the others.
     trials = []
-    for colour, x, y in _coloured_patches(frames[0], model[0], time):
+    for colour, x, y in _coloured_patches(frames[0], model[0], time, _around(found, time)):
         starts = []
         for motion in ("still", "grows", "shrinks"):
             for size in SIZES:
@@ -161,9 +161,23 @@ def _shapes_of(actor: Actor) -> list[Actor]:
     ]
 
 
-def _coloured_patches(frame: np.ndarray, model: np.ndarray, time: str) -> list[tuple[str, float, float]]:
-    """The largest connected patches of one actor colour in a frame: colour and centre, the largest first."""
+def _around(found: list[_Fit], time: str) -> np.ndarray:
+    """Where the actors found so far are in the first frame, and close to it: no other is there, but what is left of a
+    clumsily drawn one can be larger than a small second actor and would be tried in its place."""
+    black, white = np.zeros((1, SIDE, SIDE, 3), np.float32), np.full((1, SIDE, SIDE, 3), 255, np.float32)
+    for frames in (black, white):
+        add_actors(frames, tuple(fit.actor for fit in found), time, (0,))
+    covered = (white - black)[0].min(-1) < 100  # a shadow lets more through
+    return cv2.dilate(covered.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+
+
+def _coloured_patches(
+    frame: np.ndarray, model: np.ndarray, time: str, elsewhere: np.ndarray
+) -> list[tuple[str, float, float]]:
+    """The largest connected patches of one actor colour in a frame, outside `elsewhere`: colour and centre, the largest
+    first."""
     labels = _colour_labels(frame, model, time)
+    labels[elsewhere] = -1
     patches = []
     for number, colour in enumerate(COLOURS):
         mask = cv2.morphologyEx((labels == number).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
