@@ -71,7 +71,7 @@ def _sample(pipeline, task, prompts, seeds, steps, guidance_scale, clips) -> tup
         negative_prompt_embeds=pipeline.encode_prompt("").expand_as(embeds),
         video_scheduler=scheduler,
         token_scheduler=token_scheduler,
-        guidance=Guidance(video=guidance_scale),
+        guidance=Guidance(video=guidance_scale, fitted=config.fit_guidance),
         video_sees_tokens=not (task == "understand" and config.blind_video),
         generator=torch.Generator("cpu").manual_seed(seeds[0]),
     )

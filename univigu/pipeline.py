@@ -77,6 +77,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     * `prompt_as_tokens`: generation carries the prompt as clean tokens too (equation 17); not for a Wan model whose
       tokens were never trained.
     * `blind_video`: in understanding the video does not look at the caption, so that it is computed once.
+    * `fit_guidance`: see `sampler.Guidance`.
     * `default_*`: what a call uses where it is told nothing else.
     """
 
@@ -100,6 +101,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         normalize_latents: bool = True,
         prompt_as_tokens: bool = True,
         blind_video: bool = True,
+        fit_guidance: bool = False,
         default_num_frames: int = 81,
         default_height: int = 480,
         default_width: int = 832,
@@ -126,6 +128,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             normalize_latents=normalize_latents,
             prompt_as_tokens=prompt_as_tokens,
             blind_video=blind_video,
+            fit_guidance=fit_guidance,
             default_num_frames=default_num_frames,
             default_height=default_height,
             default_width=default_width,
@@ -298,6 +301,7 @@ class UniViGUPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         guidance = Guidance(
             video=config.default_guidance_scale if guidance_scale is None else guidance_scale,
             caption=config.default_caption_guidance if caption_guidance is None else caption_guidance,
+            fitted=config.fit_guidance,
         )
         num_frames = config.default_num_frames if num_frames is None else num_frames
         height = config.default_height if height is None else height

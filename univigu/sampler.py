@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from diffusers.utils.torch_utils import randn_tensor
 
 from univigu.token_flow import TokenFlowScheduler, shift_tau
@@ -35,10 +36,12 @@ class Guidance:
     """How far to push away from the unconditional prediction; 1 is no push and costs nothing.
 
     `video`: the prompt against the negative prompt. `caption`: the clip against no clip, which this model knows as a
-    clip at tau_video = 0."""
+    clip at tau_video = 0. `fitted`: the clip's other prediction is first scaled to come as near to the prompted one as
+    it can (CFG-Zero*, arXiv 2503.18886), so that what is pushed away from is its direction, not its length."""
 
     video: float = 1.0
     caption: float = 1.0
+    fitted: bool = False
 
 
 @dataclass
@@ -220,6 +223,8 @@ def walk(
                 # The other branch knows no words at all: the clip is pushed towards its caption as towards the prompt
                 branches = (tokens, tau_text, prompt_embeds), (negative_tokens, 0.0, negative_prompt_embeds)
                 (velocity, token_output), (other, _) = predict_both(latents, tau_video, *branches, step)
+                if guidance.fitted:
+                    other = other * cfg_zero_star_scale(velocity.flatten(1), other.flatten(1)).view(-1, 1, 1, 1, 1)
                 velocity = other + guidance.video * (velocity - other)
             else:
                 velocity, token_output = predict("cond", latents, tau_video, tokens, tau_text, prompt_embeds, step)

@@ -293,6 +293,32 @@ def test_guidance_pushes_away_from_a_clip_without_any_words(monkeypatch, task):
     assert [time for time, _ in seen[::2]] == pytest.approx([1000 * (1 - tau_text) for _, tau_text in path[:-1]])
 
 
+def test_fitted_guidance_forgets_the_length_of_what_it_pushes_away_from():
+    """Where the other prediction points the same way as the prompted one, there is nothing to push away from."""
+
+    class TwiceAsFar(ModelMixin, CacheMixin):
+        def forward(self, hidden_states, encoder_hidden_states, **_):
+            return direction * (1 + encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1, 1)), None
+
+    direction, latents = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind()
+    taken = {}
+    for guidance in (Guidance(), Guidance(video=3), Guidance(video=3, fitted=True)):
+        steps = walk(
+            TwiceAsFar(),
+            make_path("generate", video_taus(SCHEDULERS["euler"](), 2), []),
+            latents=latents,
+            tokens=None,
+            prompt_embeds=torch.zeros(1, 3, 4),
+            negative_prompt_embeds=torch.ones(1, 3, 4),
+            video_scheduler=SCHEDULERS["euler"](),
+            guidance=guidance,
+        )
+        taken[guidance] = [step.latents for step in steps][-1]
+    plain, pushed, fitted = taken.values()
+    torch.testing.assert_close(fitted, plain)
+    assert not torch.allclose(pushed, plain, atol=0.1)
+
+
 @pytest.mark.parametrize("task", ["joint", "generate"])
 def test_both_branches_of_guidance_in_one_pass_are_the_two_passes(monkeypatch, task):
     network = tiny_transformer()
