@@ -172,12 +172,12 @@ def _around(found: list[_Fit], time: str) -> np.ndarray:
 
 
 def _coloured_patches(
-    frame: np.ndarray, model: np.ndarray, time: str, elsewhere: np.ndarray
+    frame: np.ndarray, model: np.ndarray, time: str, taken: np.ndarray
 ) -> list[tuple[str, float, float]]:
-    """The largest connected patches of one actor colour in a frame, outside `elsewhere`: colour and centre, the largest
-    first."""
+    """The largest connected patches of one actor colour in a frame, outside what is `taken`: colour and centre, the
+    largest first."""
     labels = _colour_labels(frame, model, time)
-    labels[elsewhere] = -1
+    labels[taken] = -1
     patches = []
     for number, colour in enumerate(COLOURS):
         mask = cv2.morphologyEx((labels == number).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
